@@ -1,0 +1,250 @@
+"""The encoder of section 4.1: a pretrained, frozen CNN and the layers its feature pyramid is taken from."""
+
+__all__ = ["BACKBONES", "Backbone", "Encoder"]
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.utils import get_session
+from safetensors.torch import load_file
+from torch import fx, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from cflow_plugin.errors import CflowError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the paper takes from one backbone.
+
+    Attributes:
+        weights: timm's name of the weights the paper's figures rest on.
+        layers: Layers of the three-scale pyramid, fine to coarse (the paper's pooling layers 1, 2 and 3).
+        channels: Length of a feature vector in each of the layers.
+        strides: Input pixels to a step in each layer's feature map.
+    """
+
+    weights: str
+    layers: tuple[str, ...]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+BACKBONES: Mapping[str, Backbone] = {
+    "resnet18": Backbone(
+        weights="resnet18.tv_in1k", layers=("layer2", "layer3", "layer4"), channels=(128, 256, 512), strides=(8, 16, 32)
+    ),
+    "wide_resnet50_2": Backbone(
+        weights="wide_resnet50_2.tv_in1k",
+        layers=("layer2", "layer3", "layer4"),
+        channels=(512, 1024, 2048),
+        strides=(8, 16, 32),
+    ),
+    # The original code hooks the projections that end these stages; the last one lies before timm's own 960 channels.
+    "mobilenetv3_large_100": Backbone(
+        weights="mobilenetv3_large_100.ra_in1k",
+        layers=("blocks.2", "blocks.4", "blocks.5"),
+        channels=(40, 112, 160),
+        strides=(8, 16, 32),
+    ),
+}
+"""The paper's backbones (Table 2). Any other timm CNN works too, with its layers named."""
+
+
+class Encoder(nn.Module):
+    """A frozen timm backbone, cut off after the last layer that is needed.
+
+    It has random weights until :meth:`load_pretrained` or :meth:`load_file` is called, or a checkpoint is restored:
+    a trained model brings its encoder's weights with it. It is in eval mode always, whatever ``train()`` says, and
+    none of its parameters takes a gradient.
+
+    Args:
+        backbone: Name of a timm model.
+        layers: Names of the layers to take features from, fine to coarse. ``None`` takes the paper's three.
+
+    Attributes:
+        channels: Length D_k of a feature vector of each layer.
+
+    Raises:
+        CflowError: If backbone or layer is unknown, or a layer's output is not a feature map.
+
+    Example:
+        >>> encoder = Encoder("resnet18", ["layer2", "layer3"])
+        >>> [tuple(features.shape) for features in encoder(torch.zeros(1, 3, 64, 64))]
+        [(1, 128, 8, 8), (1, 256, 4, 4)]
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        try:
+            network = timm.create_model(backbone, pretrained=False).eval()
+        except RuntimeError as error:
+            similar = ", ".join(timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:8])
+            hint = f" Similar names: {similar}." if similar else ""
+            msg = f"timm knows no backbone named {backbone!r}.{hint}"
+            raise CflowError(msg) from error
+        if layers is None:
+            if backbone not in BACKBONES:
+                msg = (
+                    f"The paper names no layers for {backbone!r}; name the ones to take features from, for example "
+                    f"layers=[...] out of {', '.join(_module_names(network))}."
+                )
+                raise CflowError(msg)
+            layers = BACKBONES[backbone].layers
+        self.layers = list(layers)
+        unknown = [layer for layer in self.layers if layer not in dict(network.named_modules())]
+        if unknown or not self.layers:
+            msg = (
+                f"{backbone!r} has no layer {', '.join(map(repr, unknown)) or 'named'}; "
+                f"choose from {', '.join(_module_names(network))}."
+            )
+            raise CflowError(msg)
+        try:
+            self.network = _truncate(network, self.layers)
+            pyramid = self(torch.zeros(1, 3, 64, 64))
+        except Exception as error:  # tracing runs the model's own code, which may refuse in any way
+            msg = f"{backbone!r} cannot serve as an encoder: cutting it at its layers failed ({_first_line(error)})."
+            raise CflowError(msg) from error
+        self.network.requires_grad_(False)
+        self.eval()
+        for layer, features in zip(self.layers, pyramid, strict=True):
+            if features.ndim != 4:
+                msg = (
+                    f"Layer {layer!r} of {self.backbone!r} gives a tensor of shape {tuple(features.shape)}, not a "
+                    "feature map (batch, channels, height, width); choose a layer of a convolutional backbone."
+                )
+                raise CflowError(msg)
+        self.channels = [features.shape[1] for features in pyramid]
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stay in eval mode: batch norm must never see a training batch."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract the feature pyramid.
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            One feature map ``(B, D_k, H_k, W_k)`` for each layer, in the order of ``layers``.
+        """
+        features = self.network(images)
+        return [features[layer] for layer in self.layers]
+
+    def load_pretrained(self) -> None:
+        """Load the ImageNet weights from timm's hub or its local cache.
+
+        Raises:
+            CflowError: If the weights are not in the cache and the hub cannot be reached.
+        """
+        name = BACKBONES[self.backbone].weights if self.backbone in BACKBONES else self.backbone
+        repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+        if repository:
+            cached = try_to_load_from_cache(repository, "model.safetensors")
+            if isinstance(cached, str):
+                self.load_file(cached)
+                return
+        try:
+            if repository:
+                # One quick request: the hub's own client retries for most of a minute before it gives up.
+                get_session().head(ENDPOINT, timeout=10)
+            network = timm.create_model(name, pretrained=True)
+        except Exception as error:  # the hub's client raises many unrelated types when it is offline
+            msg = (
+                f"The ImageNet weights {name!r} could not be fetched from timm's hub ({_first_line(error)}). Connect to "
+                "the internet once, or pass a local file with --model.weights FILE (.safetensors or .pth), or accept "
+                "an untrained encoder with --model.pre_trained false."
+            )
+            raise CflowError(msg) from error
+        self._load(network.state_dict(), source=f"timm's {name}")
+
+    def load_file(self, path: str | Path) -> None:
+        """Load weights in timm's parameter names from a local file.
+
+        The file may lack layers above the last one that is used, and may hold more than is needed.
+
+        Args:
+            path: ``.safetensors``, or a ``.pth``/``.pt``/``.bin`` file that holds a state dict (no pickled objects).
+
+        Raises:
+            CflowError: If the file is missing, unreadable, lacks a needed tensor or has one of another shape.
+        """
+        path = Path(path)
+        if not path.is_file():
+            msg = f"There is no weights file at {path}; check --model.weights."
+            raise CflowError(msg)
+        try:
+            if path.suffix == ".safetensors":
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+                weights = weights.get("state_dict", weights)
+        except Exception as error:  # truncated, foreign or unsafe files fail in many ways
+            msg = (
+                f"{path} could not be read as weights ({type(error).__name__}). It must be a .safetensors file or a "
+                ".pth file with nothing but a state dict of tensors."
+            )
+            raise CflowError(msg) from error
+        self._load(weights, source=str(path))
+
+    def _load(self, weights: Mapping[str, torch.Tensor], source: str) -> None:
+        needed = self.network.state_dict()
+        missing = [name for name in needed if name not in weights and not name.endswith("num_batches_tracked")]
+        if missing:
+            msg = f"{source} lacks {_enumerate(missing)}, which {self.backbone!r} needs for {', '.join(self.layers)}."
+            raise CflowError(msg)
+        wrong = [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in needed.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ]
+        if wrong:
+            msg = f"{source} does not fit {self.backbone!r}: {_enumerate(wrong)}."
+            raise CflowError(msg)
+        bad = [name for name in needed if name in weights and not torch.isfinite(weights[name].float()).all()]
+        if bad:
+            msg = f"{source} holds NaN or infinite values in {_enumerate(bad)}."
+            raise CflowError(msg)
+        self.network.load_state_dict({name: weights.get(name, tensor) for name, tensor in needed.items()})
+        logger.info("Loaded the encoder's weights from %s.", source)
+
+
+def _truncate(network: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """Cut the network after the last of the layers, and drop what is not needed to compute them."""
+    extractor = create_feature_extractor(network, {layer: layer for layer in layers})
+    # A graph module copies only what its graph calls, so the layers above the last tapped one do not come along.
+    graph = extractor.eval_graph
+    for node in list(graph.nodes):
+        if node.target is torch._assert:  # timm's shape checks would keep the module they check alive
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(network, graph).eval()
+
+
+def _module_names(network: nn.Module) -> list[str]:
+    """Layers a user may want: blocks one or two levels deep."""
+    names = [name for name, _ in network.named_modules() if name and name.count(".") <= 1]
+    stages = [name for name in names if any(part in name for part in ("layer", "block", "stage", "features"))]
+    return [name for name in stages or names if name.count(".") == 0 or name.split(".")[-1].isdigit()][:40]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120].rstrip(". ") if lines else type(error).__name__
+
+
+def _enumerate(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

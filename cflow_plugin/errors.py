@@ -1,0 +1,2 @@
+class CflowError(RuntimeError):
+    pass

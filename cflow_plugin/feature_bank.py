@@ -1,0 +1,113 @@
+"""Feature vectors of the training images, kept in memory so that a training step need not run the encoder."""
+
+__all__ = ["FeatureBank", "VectorBatch"]
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Vectors of one position in several images share their condition, so a step takes a grid of images × positions; with
+# this many images a step is still varied and the condition's part of the first layer nearly free.
+_IMAGES_PER_STEP = 16
+_MAXIMUM_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class VectorBatch:
+    """One step's vectors at each scale.
+
+    Attributes:
+        vectors: For each scale ``(N, P_k, D_k)``: P_k positions in N images.
+        positions: For each scale ``(P_k,)``: row-major index of each position in the scale's feature map.
+    """
+
+    vectors: list[torch.Tensor]
+    positions: list[torch.Tensor]
+
+
+class FeatureBank:
+    """Features of the training images at every scale, or at a random part of the positions where memory asks for it.
+
+    Args:
+        sizes: Height and width of each scale's feature map, fine to coarse.
+        generator: Source of all random choices, on the CPU.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> None:
+        self.sizes = list(sizes)
+        self._generator = generator
+        self._features: list[list[torch.Tensor]] = [[] for _ in sizes]
+        self._positions: list[torch.Tensor] = []
+        self._merged: list[torch.Tensor] | None = None
+
+    def add(self, pyramid: Sequence[torch.Tensor], images_expected: int) -> None:
+        """Add the features of a batch of images.
+
+        Args:
+            pyramid: For each scale ``(B, D_k, H_k, W_k)``.
+            images_expected: Number of images the bank will hold in the end, to decide what fits into memory.
+        """
+        if not self._positions:
+            total = images_expected * sum(features[0].numel() * features.element_size() for features in pyramid)
+            kept = min(1.0, _MAXIMUM_BYTES / max(1, total))
+            for height, width in self.sizes:
+                order = torch.randperm(height * width, generator=self._generator)
+                self._positions.append(order[: max(1, int(kept * height * width))].sort().values)
+        for scale, features in enumerate(pyramid):
+            vectors = features.flatten(2).transpose(1, 2)
+            self._features[scale].append(vectors[:, self._positions[scale].to(vectors.device)])
+
+    @property
+    def features(self) -> list[torch.Tensor]:
+        """For each scale ``(I, P_k, D_k)`` over all I images."""
+        if self._merged is None:
+            self._merged = [torch.cat(parts) for parts in self._features]
+            self._features = []
+        return self._merged
+
+    @property
+    def positions(self) -> list[torch.Tensor]:
+        """For each scale ``(P_k,)``: the positions kept, as row-major indices into the feature map."""
+        return self._positions
+
+    def batches(self, steps: int, vectors: Sequence[int]) -> Iterator[VectorBatch]:
+        """Draw random batches.
+
+        Images and positions are dealt from shuffled decks, so that all are used before any is used again.
+
+        Args:
+            steps: Number of batches.
+            vectors: Vectors in a batch for each scale.
+
+        Yields:
+            One batch a step.
+        """
+        images = len(self.features[0])
+        rows = min(_IMAGES_PER_STEP, images)
+        image_deck = _Deck(images, self._generator)
+        position_decks = [_Deck(len(positions), self._generator) for positions in self._positions]
+        for _ in range(steps):
+            chosen = image_deck.deal(rows)
+            batch, where = [], []
+            for scale, count in enumerate(vectors):
+                picked = position_decks[scale].deal(max(1, min(count // rows, len(self._positions[scale]))))
+                features = self.features[scale]
+                batch.append(features[chosen.to(features.device)[:, None], picked.to(features.device)])
+                where.append(self._positions[scale][picked])
+            yield VectorBatch(batch, where)
+
+
+class _Deck:
+    """Deals the numbers 0 to n - 1 in random order, shuffling anew when too few are left."""
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self._size = size
+        self._generator = generator
+        self._rest = torch.empty(0, dtype=torch.long)
+
+    def deal(self, count: int) -> torch.Tensor:
+        if len(self._rest) < count:
+            self._rest = torch.randperm(self._size, generator=self._generator)
+        dealt, self._rest = self._rest[:count], self._rest[count:]
+        return dealt

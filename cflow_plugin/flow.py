@@ -1,0 +1,239 @@
+"""One decoder: a conditional normalizing flow over the feature vectors of one scale (section 4.2)."""
+
+__all__ = ["ConditionalFlow", "CouplingBlock", "Whitening", "log_likelihood"]
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import InvertibleModule
+from torch import nn
+from torch.nn import functional
+
+Permutation = Literal["swap", "random"]
+
+
+def log_likelihood(u: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
+    r"""Log-likelihood per dimension (Eq. 8 divided by :math:`D`).
+
+    .. math:: \frac{1}{D}\Big(-\frac{\|u\|_2^2 + D \log 2\pi}{2} + \log |\det J|\Big)
+
+    Args:
+        u: Vectors in the base distribution's space, ``(..., D)``.
+        log_det: :math:`\log |\det J|` of the map to ``u``, ``(...)``, in nats.
+
+    Returns:
+        Nats per dimension, ``(...)``.
+    """
+    dimensions = u.shape[-1]
+    return (log_det - 0.5 * u.square().sum(-1)) / dimensions - 0.5 * math.log(2 * math.pi)
+
+
+class Whitening(InvertibleModule):
+    r"""A linear first layer, :math:`y = W (x - \mu)`, set from training features in closed form.
+
+    With :math:`W = \hat\Sigma^{-1/2}` the flow starts at the multivariate Gaussian of Eq. 2, the prior that section
+    3.2 finds in earlier models, and the coupling blocks have only the departure from it to learn. Until
+    :meth:`fit` is called the layer is the identity.
+
+    Args:
+        dims_in: FrEIA's input dimensions, ``[(D,)]``.
+        dims_c: Must be empty: the layer takes no condition.
+        shrinkage: Weight of the isotropic part added to the covariance, in units of its mean variance. It keeps
+            directions without variance (dead channels, fewer vectors than dimensions) finite.
+    """
+
+    def __init__(
+        self, dims_in: Sequence[tuple[int]], dims_c: Sequence[tuple[int]] | None = None, shrinkage: float = 0.01
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        dimensions = dims_in[0][0]
+        self.shrinkage = shrinkage
+        self.mean: torch.Tensor
+        self.matrix: torch.Tensor
+        self.log_det: torch.Tensor
+        self.register_buffer("mean", torch.zeros(dimensions))
+        self.register_buffer("matrix", torch.eye(dimensions))
+        self.register_buffer("log_det", torch.zeros(()))
+
+    def fit(self, vectors: torch.Tensor) -> None:
+        """Set mean and matrix from feature vectors.
+
+        Args:
+            vectors: Training features, ``(N, D)``, N at least 2.
+
+        Raises:
+            ValueError: If the features are not finite.
+        """
+        vectors = vectors.to(torch.float64)
+        mean = vectors.mean(0)
+        centred = vectors - mean
+        covariance = centred.T @ centred / max(1, len(vectors) - 1)
+        if not torch.isfinite(covariance).all():
+            msg = "The training features are not finite: the encoder's weights or the training images hold NaN or Inf."
+            raise ValueError(msg)
+        # A constant image set has no variance at all; the floor keeps the matrix finite there, too.
+        isotropic = (self.shrinkage * covariance.diagonal().mean()).clamp_min(1e-12)
+        variance, axes = torch.linalg.eigh(covariance + isotropic * torch.eye(len(mean)).to(covariance))
+        self.mean.copy_(mean)
+        self.matrix.copy_((axes / variance.sqrt()) @ axes.T)
+        self.log_det.copy_(-0.5 * variance.log().sum())
+
+    def forward(
+        self, x: Sequence[torch.Tensor], c: Sequence[torch.Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+        """See :class:`FrEIA.modules.InvertibleModule`; vectors are ``(..., D)``."""
+        del c, jac  # no condition; the determinant is a constant and costs nothing
+        if rev:
+            inverse = torch.linalg.solve(self.matrix, x[0].flatten(0, -2).T).T.view_as(x[0])
+            return (inverse + self.mean,), -self.log_det
+        return (functional.linear(x[0] - self.mean, self.matrix),), self.log_det
+
+    def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
+        """Return the dimensions unchanged."""
+        return input_dims
+
+
+class CouplingBlock(InvertibleModule):
+    r"""Affine coupling, learned global affine and a permutation, conditioned on position.
+
+    For an input :math:`[x_1, x_2]` (:math:`x_1` the larger half if D is odd) and a condition :math:`c`,
+
+    .. math::
+
+        [s, t] &= 0.1 \, \mathrm{subnet}([x_1, c]) \\
+        y &= P \big( \Psi \odot [x_1,\; x_2 \odot e^{\alpha \tanh s} + t] + b \big)
+
+    which is FrEIA's ``AllInOneBlock`` (same parameters, names and initial values), except that the permutation
+    :math:`P` is an index instead of a D×D matrix and that the condition enters the first linear layer as a term of
+    its own. Since vectors at one position share their condition, that term is computed once a position and broadcast.
+
+    Args:
+        dims_in: FrEIA's input dimensions, ``[(D,)]``.
+        dims_c: Condition dimensions, ``[(C,)]``, or empty for an unconditional block (UFLOW).
+        clamp: Soft clamp :math:`\alpha` of the log-scale (the original code uses 1.9).
+        permutation: ``"swap"`` lets the halves change roles, ``"random"`` draws a permutation as the paper does. A
+            permutation within a half is absorbed by the neighbouring linear layers, so swapping loses nothing but
+            the exchange between halves; it needs no gather, in training and inference.
+    """
+
+    def __init__(
+        self,
+        dims_in: Sequence[tuple[int]],
+        dims_c: Sequence[tuple[int]] | None = None,
+        clamp: float = 1.9,
+        permutation: Permutation = "swap",
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        dimensions = dims_in[0][0]
+        if dimensions < 2:
+            msg = f"A coupling block needs vectors of at least two dimensions to split, got {dimensions}."
+            raise ValueError(msg)
+        self.condition_dims = sum(dims[0] for dims in self.dims_c)
+        self.passive = dimensions - dimensions // 2
+        self.active = dimensions // 2
+        self.clamp = clamp
+        subnet_in = self.passive + self.condition_dims
+        self.subnet = nn.Sequential(nn.Linear(subnet_in, 2 * subnet_in), nn.ReLU(), nn.Linear(2 * subnet_in, 2 * self.active))
+        # softplus^-1 of an initial scale of one, in FrEIA's parametrisation 0.1 softplus(x, beta=0.5)
+        self.global_scale = nn.Parameter(torch.full((1, dimensions), 2 * math.log(math.expm1(5.0))))
+        self.global_offset = nn.Parameter(torch.zeros(1, dimensions))
+        if permutation == "swap":
+            index = torch.arange(dimensions).roll(self.active)
+        elif permutation == "random":
+            index = torch.randperm(dimensions)
+        else:
+            msg = f"permutation must be 'swap' or 'random', got {permutation!r}."
+            raise ValueError(msg)
+        self.permutation: torch.Tensor
+        self.register_buffer("permutation", index)
+        self.swaps = permutation == "swap"
+
+    def _coefficients(self, x1: torch.Tensor, c: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-scale and shift for the active half."""
+        first, _, second = self.subnet
+        if self.condition_dims:
+            from_position = functional.linear(torch.cat(list(c), -1), first.weight[:, self.passive :], first.bias)
+            hidden = functional.linear(x1, first.weight[:, : self.passive]) + from_position
+        else:
+            hidden = first(x1)
+        coefficients = 0.1 * second(functional.relu(hidden))
+        return self.clamp * torch.tanh(coefficients[..., : self.active]), coefficients[..., self.active :]
+
+    def forward(
+        self, x: Sequence[torch.Tensor], c: Sequence[torch.Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+        """See :class:`FrEIA.modules.InvertibleModule`; vectors are ``(..., D)``, conditions broadcast against them."""
+        del jac  # a sum over what is computed anyway
+        scale = 0.1 * functional.softplus(self.global_scale[0], beta=0.5)
+        log_scale = scale.log().sum()
+        if rev:
+            y = x[0].index_select(-1, self.permutation.argsort())
+            x1, x2 = ((y - self.global_offset[0]) / scale).split([self.passive, self.active], dim=-1)
+            s, t = self._coefficients(x1, c)
+            return (torch.cat([x1, (x2 - t) * torch.exp(-s)], -1),), -(s.sum(-1) + log_scale)
+        x1, x2 = x[0].split([self.passive, self.active], dim=-1)
+        s, t = self._coefficients(x1, c)
+        y = torch.cat([x1, x2 * torch.exp(s) + t], -1) * scale + self.global_offset[0]
+        # Slices instead of an index where the permutation allows: their gradient is a copy, an index's a scatter.
+        y = torch.cat([y[..., self.passive :], y[..., : self.passive]], -1) if self.swaps else y[..., self.permutation]
+        return (y,), s.sum(-1) + log_scale
+
+    def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
+        """Return the dimensions unchanged."""
+        return input_dims
+
+
+class ConditionalFlow(SequenceINN):
+    """The decoder of one scale: whitening, then coupling blocks, on FrEIA's sequence.
+
+    Args:
+        dimensions: Length D of a feature vector.
+        condition_dims: Length C of a condition vector; 0 makes an unconditional flow (UFLOW).
+        coupling_blocks: Number of coupling blocks.
+        clamp: Soft clamp of the blocks' log-scales.
+        permutation: See :class:`CouplingBlock`.
+
+    Example:
+        >>> flow = ConditionalFlow(dimensions=16, condition_dims=8, coupling_blocks=4)
+        >>> u, log_det = flow(torch.randn(5, 16), [torch.randn(5, 8)])
+        >>> log_likelihood(u, log_det).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        dimensions: int,
+        condition_dims: int = 128,
+        coupling_blocks: int = 8,
+        clamp: float = 1.9,
+        permutation: Permutation = "swap",
+    ) -> None:
+        super().__init__(dimensions)
+        if coupling_blocks < 1:
+            msg = f"A flow needs at least one coupling block, got {coupling_blocks}."
+            raise ValueError(msg)
+        self.condition_dims = condition_dims
+        self.append(Whitening)
+        conditioning = {"cond": 0, "cond_shape": (condition_dims,)} if condition_dims else {}
+        for _ in range(coupling_blocks):
+            self.append(CouplingBlock, clamp=clamp, permutation=permutation, **conditioning)
+
+    @property
+    def whitening(self) -> Whitening:
+        """The linear first layer."""
+        return self[0]
+
+    def log_likelihood(self, vectors: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood per dimension of feature vectors given their positions.
+
+        Args:
+            vectors: ``(..., P, D)``.
+            condition: ``(P, C)``, one row a position, shared by all leading dimensions; ignored by a UFLOW.
+
+        Returns:
+            Nats per dimension, ``(..., P)``.
+        """
+        return log_likelihood(*self(vectors, [condition]))
