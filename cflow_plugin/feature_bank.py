@@ -13,17 +13,25 @@ _IMAGES_PER_STEP = 16
 _MAXIMUM_BYTES = 2 * 1024**3
 
 
-@dataclass(frozen=True)
+@dataclass
 class VectorBatch:
     """One step's vectors at each scale.
 
     Attributes:
         vectors: For each scale ``(N, P_k, D_k)``: P_k positions in N images.
         positions: For each scale ``(P_k,)``: row-major index of each position in the scale's feature map.
+        image: Always ``None``: anomalib's pre-processor transforms the image and mask of whatever batch it is given.
+        gt_mask: Always ``None``.
     """
 
     vectors: list[torch.Tensor]
     positions: list[torch.Tensor]
+    image: None = None
+    gt_mask: None = None
+
+    def to(self, device: torch.device, **_: object) -> "VectorBatch":
+        """Move the tensors; Lightning calls this."""
+        return VectorBatch([part.to(device) for part in self.vectors], [part.to(device) for part in self.positions])
 
 
 class FeatureBank:
@@ -31,7 +39,7 @@ class FeatureBank:
 
     Args:
         sizes: Height and width of each scale's feature map, fine to coarse.
-        generator: Source of all random choices, on the CPU.
+        generator: Source of the choice of positions, on the CPU.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> None:
@@ -71,7 +79,7 @@ class FeatureBank:
         """For each scale ``(P_k,)``: the positions kept, as row-major indices into the feature map."""
         return self._positions
 
-    def batches(self, steps: int, vectors: Sequence[int]) -> Iterator[VectorBatch]:
+    def batches(self, steps: int, vectors: Sequence[int], generator: torch.Generator) -> Iterator[VectorBatch]:
         """Draw random batches.
 
         Images and positions are dealt from shuffled decks, so that all are used before any is used again.
@@ -79,14 +87,15 @@ class FeatureBank:
         Args:
             steps: Number of batches.
             vectors: Vectors in a batch for each scale.
+            generator: Source of the random choices, on the CPU.
 
         Yields:
             One batch a step.
         """
         images = len(self.features[0])
         rows = min(_IMAGES_PER_STEP, images)
-        image_deck = _Deck(images, self._generator)
-        position_decks = [_Deck(len(positions), self._generator) for positions in self._positions]
+        image_deck = _Deck(images, generator)
+        position_decks = [_Deck(len(positions), generator) for positions in self._positions]
         for _ in range(steps):
             chosen = image_deck.deal(rows)
             batch, where = [], []

@@ -1,0 +1,67 @@
+"""The metrics of section 5.2, as far as a data set allows them."""
+
+__all__ = ["CflowEvaluator"]
+
+import logging
+from typing import Any
+
+from anomalib.data import Batch
+from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
+from lightning import LightningModule, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class CflowEvaluator(Evaluator):
+    """Image AUROC and F1, pixel AUROC, AUPRO and F1; what cannot be computed is left out with a note.
+
+    Without masks there are no pixel metrics. A curve of true against false positives needs anomalous and normal
+    examples, so without defects (or without good images) there is no AUROC.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            test_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_", strict=False),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+        )
+        self._seen: dict[str, set[bool]] = {"gt_label": set(), "gt_mask": set()}
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what earlier tests saw."""
+        del trainer, pl_module
+        for values in self._seen.values():
+            values.clear()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any, **kwargs: Any
+    ) -> None:
+        """Update the metrics and note which classes there are."""
+        for field, values in self._seen.items():
+            truth = getattr(batch, field, None)
+            if truth is not None:
+                values.update({bool(truth.min()), bool(truth.max())})
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Log the metrics that can be computed."""
+        del trainer, args, kwargs
+        for metric in self.test_metrics:
+            truth = metric.fields[1]
+            classes = self._seen[truth]
+            what = "mask" if truth == "gt_mask" else "label"
+            if not classes or not metric.update_called:
+                reason = f"the test set has no {what}s"
+            elif True not in classes:
+                reason = f"the {what}s of the test set show no anomaly"
+            elif False not in classes:
+                reason = f"the {what}s of the test set show nothing normal"
+            else:
+                pl_module.log(metric.name, metric)
+                continue
+            logger.warning("%s is left out: %s.", metric.name, reason)
+            metric.reset()

@@ -1,0 +1,395 @@
+"""How the decoders are trained (section 5.1), as an anomalib model."""
+
+__all__ = ["CflowPlugin"]
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from typing import Any, Literal
+
+import anomalib.models
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
+
+from cflow_plugin.errors import CflowError
+from cflow_plugin.evaluation import CflowEvaluator
+from cflow_plugin.feature_bank import FeatureBank, VectorBatch
+from cflow_plugin.flow import Permutation
+from cflow_plugin.torch_model import CflowModel
+
+logger = logging.getLogger(__name__)
+
+# The scoring constants are a quantile; this many vectors a scale leave its sampling error far below its effect.
+_CALIBRATION_VECTORS = 2**16
+_LIGHTNING_DEFAULT_EPOCHS = 1000
+
+
+class CflowPlugin(AnomalibModule):
+    """CFLOW-AD: conditional normalizing flows over a pretrained CNN's multi-scale features.
+
+    The encoder runs over the training images once (in each epoch, if there are random augmentations); a training step
+    then takes feature vectors of many images and positions at each scale and descends the summed loss of all scales.
+
+    Args:
+        backbone: timm name of the encoder. ``resnet18``, ``wide_resnet50_2`` and ``mobilenetv3_large_100`` are the
+            paper's; any other timm CNN works with its ``layers`` named.
+        layers: Layers of the encoder to take features from, fine to coarse. By default the paper's three.
+        pre_trained: Give the encoder ImageNet weights: those of ``weights``, or else timm's. ``false`` leaves it
+            untrained.
+        weights: Local file with the encoder's weights (.safetensors or .pth), for machines without internet access.
+        image_size: Height and width in pixels that images are resized to.
+        condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
+        coupling_blocks: Coupling blocks of each decoder.
+        clamp: Soft clamp of the coupling blocks' log-scales.
+        permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper.
+        neighbourhood: Average each feature over this many cells in either direction (odd); 1 as in the paper.
+        whiten: Start the decoders from the training features' covariance. The paper does not.
+        sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
+        top_fraction: The image score is the mean over this fraction of the map's highest pixels; 0 takes the maximum
+            as the paper does.
+        epochs: Length of the recipe in epochs, where ``--trainer.max_epochs`` does not set another.
+        steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
+        vectors_per_step: Feature vectors of the finest scale in a step; coarser scales take part in proportion to
+            their positions.
+        learning_rate: Peak learning rate of Adam.
+        schedule: ``one_cycle`` or ``cosine``.
+        warmup_epochs: Epochs of linear warm-up before ``cosine``.
+        pre_processor: Pre-processor, or whether to use the default one.
+        post_processor: Post-processor, or whether to use the default one.
+        evaluator: Evaluator, or whether to use the default one.
+        visualizer: Visualizer, or whether to use the default one.
+
+    Raises:
+        CflowError: If a setting is out of range, or the encoder cannot be built.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> from cflow_plugin import CflowPlugin
+        >>> Engine().train(model=CflowPlugin(), datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+
+    References:
+        Gudovskiy, Ishizaka, Kozuka: CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via
+        Conditional Normalizing Flows. WACV 2022.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: list[str] | None = None,
+        pre_trained: bool = True,
+        weights: str | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        condition_dims: int = 128,
+        coupling_blocks: int = 8,
+        clamp: float = 1.9,
+        permutation: Permutation = "swap",
+        neighbourhood: int = 3,
+        whiten: bool = True,
+        sigma: float = 4.0,
+        top_fraction: float = 0.01,
+        epochs: int = 8,
+        steps_per_epoch: int | None = 15,
+        vectors_per_step: int = 512,
+        learning_rate: float = 2e-3,
+        schedule: Literal["one_cycle", "cosine"] = "one_cycle",
+        warmup_epochs: int = 0,
+        pre_processor: nn.Module | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        for name, value in (
+            ("epochs", epochs),
+            ("steps_per_epoch", steps_per_epoch),
+            ("vectors_per_step", vectors_per_step),
+            ("learning_rate", learning_rate),
+        ):
+            if value is not None and not value > 0:
+                msg = f"{name} must be above 0, got {value}."
+                raise CflowError(msg)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.pre_trained = pre_trained
+        self.weights = weights
+        self.whiten = whiten
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.vectors_per_step = vectors_per_step
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.warmup_epochs = warmup_epochs
+        self.model: CflowModel = CflowModel(
+            backbone=backbone,
+            layers=layers,
+            condition_dims=condition_dims,
+            coupling_blocks=coupling_blocks,
+            clamp=clamp,
+            permutation=permutation,
+            neighbourhood=neighbourhood,
+            sigma=sigma,
+            top_fraction=top_fraction,
+        )
+        self._encoder_is_loaded = False
+        self._decoders_are_whitened = False
+        self._seed: int | None = None
+        self._bank: FeatureBank | None = None
+
+    # What anomalib asks a model
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: training images are good parts."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check: before training there is nothing to validate."""
+        return {"num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Image AUROC and F1, pixel AUROC, AUPRO and F1."""
+        return CflowEvaluator()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add a checkpoint after every epoch, so that a run that dies can be resumed."""
+        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        return [*super().configure_callbacks(), last]
+
+    # Before training
+
+    def setup(self, stage: str) -> None:
+        """Load the encoder's weights and arrange for training on feature vectors."""
+        if stage != "fit":
+            return
+        loops = self.trainer.fit_loop
+        if self.trainer.ckpt_path is None:
+            self._load_encoder()
+        if loops.max_epochs == _LIGHTNING_DEFAULT_EPOCHS:
+            loops.max_epochs = self.epochs
+        if self.trainer.check_val_every_n_epoch == 1 and loops.max_epochs and loops.max_epochs > 0:
+            # Thresholds are wanted of the trained model only.
+            self.trainer.check_val_every_n_epoch = loops.max_epochs
+        if not isinstance(loops._data_source.instance, _Steps):  # noqa: SLF001
+            loops._data_source = copy(loops._data_source)  # noqa: SLF001
+            loops._data_source.instance = _Steps(self, copy(loops._data_source).dataloader)  # noqa: SLF001
+
+    def _load_encoder(self) -> None:
+        """Load ImageNet weights unless they are there: a restored model brings its own."""
+        if self._encoder_is_loaded:
+            return
+        if self.weights is not None:
+            self.model.encoder.load_file(self.weights)
+        elif self.pre_trained:
+            self.model.encoder.load_pretrained()
+        else:
+            logger.warning("The encoder is untrained, as asked; expect far less than with ImageNet weights.")
+        self._encoder_is_loaded = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the training batches, for a resumed run to continue with."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["cflow_plugin_seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note that the weights are those of the checkpoint."""
+        super().on_load_checkpoint(checkpoint)
+        self._seed = checkpoint.get("cflow_plugin_seed")
+        self._encoder_is_loaded = self._decoders_are_whitened = True
+
+    # Training
+
+    def training_batches(self, images: DataLoader, epoch: int, steps: int) -> Iterator[VectorBatch]:
+        """Draw one epoch's batches; the same seed and epoch give the same batches.
+
+        Args:
+            images: Loader of training images.
+            epoch: Number of the epoch.
+            steps: Number of batches.
+        """
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**31
+        if self._bank is None or _is_random(getattr(images.dataset, "augmentations", None)):
+            self._bank = self._fill_bank(images, torch.Generator().manual_seed(self._seed))
+        bank = self._bank
+        if not self._decoders_are_whitened:
+            if self.whiten:
+                for decoder, features in zip(self.model.decoders, bank.features, strict=True):
+                    decoder.whitening.fit(features.flatten(0, 1))
+            self._decoders_are_whitened = True
+        cells = [height * width for height, width in bank.sizes]
+        vectors = [max(1, self.vectors_per_step * count // cells[0]) for count in cells]
+        yield from bank.batches(steps, vectors, torch.Generator().manual_seed(self._seed + 1 + epoch))
+
+    @torch.no_grad()
+    def _fill_bank(self, images: DataLoader, generator: torch.Generator) -> FeatureBank:
+        logger.info("Extracting the features of %d training images.", len(images.dataset))
+        bank = None
+        # The loader anew, unshuffled: the bank's order, and with it a resumed run, must not depend on earlier draws.
+        ordered = DataLoader(
+            images.dataset, batch_size=images.batch_size, num_workers=images.num_workers, collate_fn=images.collate_fn
+        )
+        for batch in ordered:
+            pixels = batch.image.to(self.device)
+            if self.pre_processor:
+                pixels = self.pre_processor(pixels)
+            pyramid = self.model.pyramid(pixels)
+            if bank is None:
+                bank = FeatureBank([tuple(part.shape[-2:]) for part in pyramid], generator)
+            bank.add(pyramid, images_expected=len(images.dataset))
+        if bank is None:
+            msg = "There is no training image; check --data.root and --data.category."
+            raise CflowError(msg)
+        if any(not torch.isfinite(features).all() for features in bank.features):
+            msg = "The training features hold NaN or infinite values: check the training images and encoder weights."
+            raise CflowError(msg)
+        return bank
+
+    def training_step(self, batch: VectorBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Compute the loss of one batch: the negative log-sigmoid of the log-likelihood, summed over scales.
+
+        The log-sigmoid is the original code's: it keeps vectors that are unlikely already from dominating the step.
+
+        Raises:
+            CflowError: If the loss is not finite.
+        """
+        del batch_idx
+        losses = []
+        names = self.model.encoder.layers
+        bank = self._bank
+        for name, decoder, vectors, positions, size in zip(
+            names, self.model.decoders, batch.vectors, batch.positions, bank.sizes, strict=True
+        ):
+            condition = self.model.condition(*size, vectors)[positions]
+            likelihood = decoder.log_likelihood(vectors, condition)
+            losses.append(-functional.logsigmoid(likelihood).mean())
+            self.log(f"train_nll_{name}", -likelihood.mean().detach(), on_step=False, on_epoch=True)
+        loss = torch.stack(losses).sum()
+        if not torch.isfinite(loss):
+            msg = (
+                f"The training loss is {loss.item()} in epoch {self.current_epoch}. The last good epoch is kept in "
+                "last.ckpt; lower --model.learning_rate, or use --trainer.precision 32."
+            )
+            raise CflowError(msg)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam on the decoders, with the schedule asked for."""
+        # A gradient scaler has to see the gradients before the optimiser does, which fusing prevents.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.Adam(self.model.decoders.parameters(), lr=self.learning_rate, fused=fused)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            return optimizer
+        steps = max(2, int(steps))
+        if self.schedule == "one_cycle":
+            scheduler = OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.2)
+        else:
+            warmup = min(steps - 1, round(steps * self.warmup_epochs / max(1, self.trainer.max_epochs or 1)))
+            scheduler = CosineAnnealingLR(optimizer, T_max=steps - warmup)
+            if warmup:
+                rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
+                scheduler = SequentialLR(optimizer, [rise, scheduler], milestones=[warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # When an epoch ends
+
+    def on_validation_start(self) -> None:
+        """Set the scoring constants before validation scores anything."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._calibrate()
+
+    def on_train_epoch_end(self) -> None:
+        """Set the scoring constants before a checkpoint is written."""
+        self._calibrate()
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Read the scoring constants off the training features."""
+        bank, likelihoods = self._bank, []
+        if bank is None:
+            return
+        generator = torch.Generator().manual_seed(self._seed)
+        for decoder, features, positions, size in zip(
+            self.model.decoders, bank.features, bank.positions, bank.sizes, strict=True
+        ):
+            kept = max(1, min(len(positions), _CALIBRATION_VECTORS // len(features)))
+            chosen = torch.randperm(len(positions), generator=generator)[:kept]
+            condition = self.model.condition(*size, features)[positions[chosen]]
+            likelihoods.append(torch.cat([decoder.log_likelihood(part[:, chosen], condition) for part in features.split(8)]))
+        self.model.scoring.calibrate(likelihoods)
+
+    def on_fit_end(self) -> None:
+        """Give the features' memory back."""
+        self._bank = None
+
+    # Use
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of validation images."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+
+class _Steps:
+    """An epoch's batches of feature vectors, in the place of the loader of images."""
+
+    def __init__(self, module: CflowPlugin, images: Callable[[], DataLoader]) -> None:
+        self._module = module
+        self._make_images = images
+        self._images: DataLoader | None = None
+
+    @property
+    def images(self) -> DataLoader:
+        if self._images is None:
+            self._images = self._make_images()
+        return self._images
+
+    def __len__(self) -> int:
+        if self._module.steps_per_epoch is not None:
+            return self._module.steps_per_epoch
+        cells = self._finest_cells()
+        return max(1, len(self.images.dataset) * cells // self._module.vectors_per_step)
+
+    def _finest_cells(self) -> int:
+        """Positions of the finest scale."""
+        module = self._module
+        pixels = next(iter(DataLoader(self.images.dataset, batch_size=1, collate_fn=self.images.collate_fn))).image
+        if module.pre_processor:
+            pixels = module.pre_processor(pixels)
+        return module.model.encoder(pixels.to(module.device))[0].shape[-2:].numel()
+
+    def __iter__(self) -> Iterator[VectorBatch]:
+        yield from self._module.training_batches(self.images, self._module.current_epoch, len(self))
+
+
+def _is_random(augmentations: Transform | None) -> bool:
+    """Whether the same image may come out differently in another epoch."""
+    if augmentations is None:
+        return False
+    parts = augmentations.transforms if isinstance(augmentations, Compose) else [augmentations]
+    return not all(isinstance(part, Resize | Normalize | Identity) for part in parts)
+
+
+# `anomalib benchmark` looks a model up by name among the attributes of anomalib's own package.
+anomalib.models.CflowPlugin = CflowPlugin

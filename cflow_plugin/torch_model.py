@@ -1,0 +1,128 @@
+"""From an image to its anomaly map (Figure 2): encoder, one decoder a scale, scoring."""
+
+__all__ = ["CflowModel"]
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn import functional
+
+from cflow_plugin.encoder import Encoder
+from cflow_plugin.errors import CflowError
+from cflow_plugin.flow import ConditionalFlow, Permutation
+from cflow_plugin.position import positional_encoding_2d
+from cflow_plugin.scoring import AnomalyScoring
+
+
+class CflowModel(nn.Module):
+    """CFLOW-AD without anything about its training.
+
+    Args:
+        backbone: Name of the encoder, see :class:`~cflow_plugin.encoder.Encoder`.
+        layers: Layers of its feature pyramid, fine to coarse; ``None`` takes the paper's three.
+        condition_dims: Length of the positional condition; 0 makes unconditional decoders (UFLOW).
+        coupling_blocks: Coupling blocks of each decoder.
+        clamp: Soft clamp of the blocks' log-scales.
+        permutation: Permutation between the blocks, see :class:`~cflow_plugin.flow.CouplingBlock`.
+        neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
+        sigma: Smoothing of the anomaly map, in pixels.
+        top_fraction: Part of the map's highest values that makes the image score.
+
+    Raises:
+        CflowError: If ``neighbourhood`` is not odd, or the encoder cannot be built.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: Sequence[str] | None = None,
+        condition_dims: int = 128,
+        coupling_blocks: int = 8,
+        clamp: float = 1.9,
+        permutation: Permutation = "swap",
+        neighbourhood: int = 3,
+        sigma: float = 4.0,
+        top_fraction: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if neighbourhood < 1 or neighbourhood % 2 == 0:
+            msg = f"neighbourhood must be a positive odd number of cells, got {neighbourhood}."
+            raise CflowError(msg)
+        self.neighbourhood = neighbourhood
+        self.condition_dims = condition_dims
+        self.encoder = Encoder(backbone, layers)
+        self.decoders = nn.ModuleList(
+            ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
+            for channels in self.encoder.channels
+        )
+        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction)
+        self._conditions: dict[tuple[int, int], torch.Tensor] = {}
+
+    def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract the features whose likelihood the decoders learn.
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            For each scale ``(B, D_k, H_k, W_k)``.
+        """
+        pyramid = self.encoder(images)
+        if self.neighbourhood == 1:
+            return pyramid
+        size = self.neighbourhood
+        return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
+
+    def condition(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Condition vectors of a feature map, ``(height * width, C)``, on the device and in the dtype of ``like``."""
+        if not self.condition_dims:
+            return like.new_empty(height * width, 0)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return positional_encoding_2d(self.condition_dims, height, width).to(like)
+        table = self._conditions.get((height, width))
+        if table is None or table.device != like.device or table.dtype != like.dtype:
+            table = positional_encoding_2d(self.condition_dims, height, width).to(like)
+            self._conditions[height, width] = table
+        return table
+
+    def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Log-likelihood per dimension of the features at every scale and position (Eq. 8 divided by D).
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            For each scale ``(B, H_k, W_k)``, in nats per dimension.
+        """
+        result = []
+        for decoder, features in zip(self.decoders, self.pyramid(images), strict=True):
+            height, width = features.shape[-2:]
+            vectors = features.flatten(2).transpose(1, 2)
+            likelihood = decoder.log_likelihood(vectors, self.condition(height, width, vectors))
+            result.append(likelihood.unflatten(1, (height, width)))
+        return result
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Compute anomaly maps and image scores.
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``.
+
+        Raises:
+            CflowError: If the model has not been trained.
+        """
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if not exporting and not self.scoring.is_calibrated:
+            msg = (
+                "This model has not been trained. Run `anomalib train` first and pass the checkpoint it writes with "
+                "--ckpt_path."
+            )
+            raise CflowError(msg)
+        height, width = images.shape[-2:]
+        anomaly_map, score = self.scoring(self.log_likelihoods(images), (int(height), int(width)))
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
