@@ -17,6 +17,7 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.filter_bank import FilterBank
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
     none of its parameters takes a gradient.
 
     Args:
-        backbone: Name of a timm model.
+        backbone: Name of a timm model, or ``gabor`` for a fixed filter bank that needs no weights.
         layers: Names of the layers to take features from, fine to coarse. ``None`` takes the paper's three.
 
     Attributes:
@@ -85,6 +86,9 @@ class Encoder(nn.Module):
     def __init__(self, backbone: str, layers: Sequence[str] | None = None) -> None:
         super().__init__()
         self.backbone = backbone
+        if backbone == "gabor":
+            self._build_filter_bank(layers)
+            return
         try:
             network = timm.create_model(backbone, pretrained=False).eval()
         except RuntimeError as error:
@@ -125,6 +129,16 @@ class Encoder(nn.Module):
                 raise CflowError(msg)
         self.channels = [features.shape[1] for features in pyramid]
 
+    def _build_filter_bank(self, layers: Sequence[str] | None) -> None:
+        self.layers = list(layers or FilterBank.layers[:3])
+        unknown = [layer for layer in self.layers if layer not in FilterBank.layers]
+        if unknown:
+            msg = f"'gabor' has no layer {', '.join(map(repr, unknown))}; choose from {', '.join(FilterBank.layers)}."
+            raise CflowError(msg)
+        self.network = FilterBank(self.layers)
+        self.eval()
+        self.channels = [features.shape[1] for features in self(torch.zeros(1, 3, 64, 64))]
+
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in eval mode: batch norm must never see a training batch."""
         del mode
@@ -149,6 +163,9 @@ class Encoder(nn.Module):
         Raises:
             CflowError: If the weights are not in the cache and the hub cannot be reached.
         """
+        if self.backbone == "gabor":
+            logger.info("The encoder is a fixed bank of Gabor filters: nothing is downloaded.")
+            return
         name = BACKBONES[self.backbone].weights if self.backbone in BACKBONES else self.backbone
         repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
         if repository:

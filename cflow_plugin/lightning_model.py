@@ -45,7 +45,8 @@ class CflowPlugin(AnomalibModule):
 
     Args:
         backbone: timm name of the encoder. ``resnet18``, ``wide_resnet50_2`` and ``mobilenetv3_large_100`` are the
-            paper's; any other timm CNN works with its ``layers`` named.
+            paper's; any other timm CNN works with its ``layers`` named. ``gabor`` is a fixed bank of filters that needs
+            no download, for trying things out.
         layers: Layers of the encoder to take features from, fine to coarse. By default the paper's three.
         pre_trained: Give the encoder ImageNet weights: those of ``weights``, or else timm's. ``false`` leaves it
             untrained.
@@ -281,7 +282,7 @@ class CflowPlugin(AnomalibModule):
             condition = self.model.condition(*size, vectors)[positions]
             likelihood = decoder.log_likelihood(vectors, condition)
             losses.append(-functional.logsigmoid(likelihood).mean())
-            self.log(f"train_nll_{name}", -likelihood.mean().detach(), on_step=False, on_epoch=True)
+            self.log(f"train_nll_{name}", -likelihood.mean().detach(), on_step=False, on_epoch=True, batch_size=1)
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             msg = (
@@ -289,8 +290,8 @@ class CflowPlugin(AnomalibModule):
                 "last.ckpt; lower --model.learning_rate, or use --trainer.precision 32."
             )
             raise CflowError(msg)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True)
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=1)
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
