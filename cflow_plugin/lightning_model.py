@@ -3,11 +3,11 @@
 __all__ = ["CflowPlugin"]
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, Literal
 
-import anomalib.models
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch
@@ -392,5 +392,6 @@ def _is_random(augmentations: Transform | None) -> bool:
     return not all(isinstance(part, Resize | Normalize | Identity) for part in parts)
 
 
-# `anomalib benchmark` looks a model up by name among the attributes of anomalib's own package.
-anomalib.models.CflowPlugin = CflowPlugin
+# `anomalib benchmark` looks a model up by name among the attributes of anomalib's own package, which may be only half
+# imported now.
+sys.modules["anomalib.models"].CflowPlugin = CflowPlugin

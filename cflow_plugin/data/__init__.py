@@ -2,9 +2,9 @@
 
 __all__ = ["Textures"]
 
+import sys
+
 from cflow_plugin.data.datamodule import Textures
 
-# anomalib looks data modules up by name among the attributes of its own package.
-import anomalib.data
-
-anomalib.data.Textures = Textures
+# anomalib looks data modules up by name among the attributes of its own package, which may be only half imported now.
+sys.modules["anomalib.data"].Textures = Textures
