@@ -20,18 +20,24 @@ class VectorBatch:
     Attributes:
         vectors: For each scale ``(N, P_k, D_k)``: P_k positions in N images.
         positions: For each scale ``(P_k,)``: row-major index of each position in the scale's feature map.
+        noise: For each scale standard normal noise, shaped as the vectors, or ``None``.
         image: Always ``None``: anomalib's pre-processor transforms the image and mask of whatever batch it is given.
         gt_mask: Always ``None``.
     """
 
     vectors: list[torch.Tensor]
     positions: list[torch.Tensor]
+    noise: list[torch.Tensor | None]
     image: None = None
     gt_mask: None = None
 
     def to(self, device: torch.device, **_: object) -> "VectorBatch":
         """Move the tensors; Lightning calls this."""
-        return VectorBatch([part.to(device) for part in self.vectors], [part.to(device) for part in self.positions])
+        return VectorBatch(
+            [part.to(device) for part in self.vectors],
+            [part.to(device) for part in self.positions],
+            [None if part is None else part.to(device) for part in self.noise],
+        )
 
 
 class FeatureBank:
@@ -79,7 +85,9 @@ class FeatureBank:
         """For each scale ``(P_k,)``: the positions kept, as row-major indices into the feature map."""
         return self._positions
 
-    def batches(self, steps: int, vectors: Sequence[int], generator: torch.Generator) -> Iterator[VectorBatch]:
+    def batches(
+        self, steps: int, vectors: Sequence[int], generator: torch.Generator, with_noise: bool = False
+    ) -> Iterator[VectorBatch]:
         """Draw random batches.
 
         Images and positions are dealt from shuffled decks, so that all are used before any is used again.
@@ -88,6 +96,7 @@ class FeatureBank:
             steps: Number of batches.
             vectors: Vectors in a batch for each scale.
             generator: Source of the random choices, on the CPU.
+            with_noise: Draw noise as well.
 
         Yields:
             One batch a step.
@@ -104,7 +113,9 @@ class FeatureBank:
                 features = self.features[scale]
                 batch.append(features[chosen.to(features.device)[:, None], picked.to(features.device)])
                 where.append(self._positions[scale][picked])
-            yield VectorBatch(batch, where)
+            # Drawn here, where the generator is: the same seed then gives the same training on any device.
+            noise = [torch.randn(part.shape, generator=generator) if with_noise else None for part in batch]
+            yield VectorBatch(batch, where, noise)
 
 
 class _Deck:

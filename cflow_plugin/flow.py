@@ -226,14 +226,24 @@ class ConditionalFlow(SequenceINN):
         """The linear first layer."""
         return self[0]
 
-    def log_likelihood(self, vectors: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def log_likelihood(
+        self, vectors: torch.Tensor, condition: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Log-likelihood per dimension of feature vectors given their positions.
 
         Args:
             vectors: ``(..., P, D)``.
             condition: ``(P, C)``, one row a position, shared by all leading dimensions; ignored by a UFLOW.
+            noise: Added behind the whitening, where all directions have the same variance; shaped as ``vectors``.
 
         Returns:
             Nats per dimension, ``(..., P)``.
         """
-        return log_likelihood(*self(vectors, [condition]))
+        if noise is None:
+            return log_likelihood(*self(vectors, [condition]))
+        (u,), log_det = self.whitening((vectors,))
+        u = u + noise
+        for block in self.module_list[1:]:
+            (u,), contribution = block((u,), (condition,) if self.condition_dims else ())
+            log_det = log_det + contribution
+        return log_likelihood(u, log_det)

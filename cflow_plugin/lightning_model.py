@@ -58,6 +58,8 @@ class CflowPlugin(AnomalibModule):
         permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper.
         neighbourhood: Average each feature over this many cells in either direction (odd); 1 as in the paper.
         whiten: Start the decoders from the training features' covariance. The paper does not.
+        noise: Standard deviation of the noise added to training features, in units of their own (whitened) standard
+            deviation. It keeps the decoders from learning few training images by heart. 0 as in the paper.
         sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
         top_fraction: The image score is the mean over this fraction of the map's highest pixels; 0 takes the maximum
             as the paper does.
@@ -100,6 +102,7 @@ class CflowPlugin(AnomalibModule):
         permutation: Permutation = "swap",
         neighbourhood: int = 3,
         whiten: bool = True,
+        noise: float = 0.3,
         sigma: float = 4.0,
         top_fraction: float = 0.01,
         epochs: int = 8,
@@ -122,6 +125,9 @@ class CflowPlugin(AnomalibModule):
             if value is not None and not value > 0:
                 msg = f"{name} must be above 0, got {value}."
                 raise CflowError(msg)
+        if not noise >= 0:
+            msg = f"noise must not be negative, got {noise}."
+            raise CflowError(msg)
         super().__init__(
             pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
             post_processor=post_processor,
@@ -131,6 +137,7 @@ class CflowPlugin(AnomalibModule):
         self.pre_trained = pre_trained
         self.weights = weights
         self.whiten = whiten
+        self.noise = noise
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.vectors_per_step = vectors_per_step
@@ -238,7 +245,8 @@ class CflowPlugin(AnomalibModule):
             self._decoders_are_whitened = True
         cells = [height * width for height, width in bank.sizes]
         vectors = [max(1, self.vectors_per_step * count // cells[0]) for count in cells]
-        yield from bank.batches(steps, vectors, torch.Generator().manual_seed(self._seed + 1 + epoch))
+        generator = torch.Generator().manual_seed(self._seed + 1 + epoch)
+        yield from bank.batches(steps, vectors, generator, with_noise=self.noise > 0)
 
     @torch.no_grad()
     def _fill_bank(self, images: DataLoader, generator: torch.Generator) -> FeatureBank:
@@ -276,11 +284,11 @@ class CflowPlugin(AnomalibModule):
         losses = []
         names = self.model.encoder.layers
         bank = self._bank
-        for name, decoder, vectors, positions, size in zip(
-            names, self.model.decoders, batch.vectors, batch.positions, bank.sizes, strict=True
+        for name, decoder, vectors, positions, noise, size in zip(
+            names, self.model.decoders, batch.vectors, batch.positions, batch.noise, bank.sizes, strict=True
         ):
             condition = self.model.condition(*size, vectors)[positions]
-            likelihood = decoder.log_likelihood(vectors, condition)
+            likelihood = decoder.log_likelihood(vectors, condition, None if noise is None else self.noise * noise)
             losses.append(-functional.logsigmoid(likelihood).mean())
             self.log(f"train_nll_{name}", -likelihood.mean().detach(), on_step=False, on_epoch=True, batch_size=1)
         loss = torch.stack(losses).sum()
