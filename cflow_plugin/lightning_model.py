@@ -2,10 +2,13 @@
 
 __all__ = ["CflowPlugin"]
 
+import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -170,6 +173,9 @@ class CflowPlugin(AnomalibModule):
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """No sanity check: before training there is nothing to validate."""
+        # The recipe has a length of its own, and the encoder is in eval mode by intention.
+        warnings.filterwarnings("ignore", message=".*max_epochs. was not set")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
         return {"num_sanity_val_steps": 0}
 
     @staticmethod
@@ -353,6 +359,22 @@ class CflowPlugin(AnomalibModule):
         self._bank = None
 
     # Use
+
+    def on_test_end(self) -> None:
+        """Write the metrics next to the pictures."""
+        trainer = self.trainer
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: round(value.item(), 6) for name, value in sorted(trainer.callback_metrics.items())}
+        folder = Path(trainer.default_root_dir)
+        file = folder / "metrics.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(metrics, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("The metrics could not be written to %s (%s).", file, error)
+            return
+        logger.info("Metrics, pictures and weights are in %s.", folder.resolve())
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of validation images."""
