@@ -1,0 +1,79 @@
+"""What several test files share: small data, a quickly trained model, and the real images and weights where they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from anomalib.engine import Engine
+from lightning import seed_everything
+
+from cflow_plugin import CflowPlugin
+from cflow_plugin.data import Textures
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("CFLOW_SHARED", ROOT.parent / "shared"))
+
+# A model that trains in seconds: few cells, short vectors, no download.
+QUICK = {"backbone": "gabor", "layers": ["scale1", "scale2"], "image_size": (64, 64), "coupling_blocks": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not SHARED.is_dir():
+        skip = pytest.mark.skip(reason=f"no real images and weights at {SHARED}; set CFLOW_SHARED")
+        for item in items:
+            if "shared" in item.keywords:
+                item.add_marker(skip)
+
+
+def make_textures(root: Path, **settings: object) -> Textures:
+    few = {"image_size": 64, "train_good": 12, "test_good": 4, "test_defect": 1, "val_good": 2, "val_defect": 1}
+    return Textures(**{"root": root, "train_batch_size": 4, "eval_batch_size": 4, **few, **settings})
+
+
+def make_engine(root: Path, **settings: object) -> Engine:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+    return Engine(default_root_dir=root, **{**quiet, **settings})
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return make_engine(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
+    """A small data set, with defects and masks."""
+    datamodule = make_textures(tmp_path_factory.mktemp("textures"))
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+@pytest.fixture(scope="session")
+def trained(textures: Textures, tmp_path_factory: pytest.TempPathFactory) -> CflowPlugin:
+    """A model trained for two short epochs; not to be trained any further."""
+    seed_everything(0)
+    model = CflowPlugin(**QUICK, epochs=2, steps_per_epoch=5)
+    make_engine(tmp_path_factory.mktemp("trained")).fit(model, datamodule=textures)
+    return model.eval()
+
+
+def run_command(*command: str | Path, cwd: Path, expect: int | None = 0, **environment: str) -> str:
+    """Run a program of this environment as a user would, and return what it printed."""
+    program = Path(sys.executable).parent / command[0]
+    finished = subprocess.run(
+        [program, *map(str, command[1:])],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    if expect is not None:
+        assert finished.returncode == expect, finished.stdout[-4000:]
+    return finished.stdout
