@@ -1,0 +1,297 @@
+import json
+import logging
+
+import pytest
+import torch
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
+
+from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.evaluation import CflowEvaluator
+from cflow_plugin.lightning_model import _is_random
+
+from .conftest import QUICK, SHARED, make_engine, make_textures
+
+
+def quick_model(seed=0, **settings):
+    seed_everything(seed)
+    return CflowPlugin(**{**QUICK, "epochs": 2, "steps_per_epoch": 3, **settings})
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+class StopAfter(Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch + 1 == self.epochs:
+            trainer.should_stop = True
+
+
+def test_only_decoders_and_constants_change(engine, textures):
+    model = quick_model(backbone="resnet18", layers=["layer1"], pre_trained=False)
+    before, modes = weights_of(model), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            modes.append((pl_module.model.encoder.training, pl_module.model.decoders.training))
+
+    engine = make_engine(engine._cache.args["default_root_dir"], callbacks=[Watch()])
+    engine.fit(model, datamodule=textures)
+    after = weights_of(model)
+    assert set(modes) == {(False, True)}
+    changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"decoders", "scoring"}
+    parameters = {name for name, parameter in model.model.decoders.named_parameters() if parameter.requires_grad}
+    assert all(not torch.equal(before[f"decoders.{name}"], after[f"decoders.{name}"]) for name in parameters)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), (1, 1)])
+def test_a_run_ends_where_its_recipe_does(tmp_path, textures, asked, expected):
+    model = quick_model(epochs=3)
+    engine = make_engine(tmp_path, **({} if asked is None else {"max_epochs": asked}))
+    engine.fit(model, datamodule=textures)
+    assert engine.trainer.current_epoch == expected
+    assert engine.trainer.global_step == expected * 3
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path, textures):
+    models = [quick_model(), quick_model(), quick_model(seed=1)]
+    for index, model in enumerate(models):
+        seed_everything(0 if index < 2 else 1)
+        make_engine(tmp_path / str(index)).fit(model, datamodule=textures)
+    assert_same(weights_of(models[0]), weights_of(models[1]))
+    assert not torch.equal(models[0].model.scoring.log_maximum, models[2].model.scoring.log_maximum)
+
+
+def test_constants_depend_on_training_images_alone(tmp_path, textures):
+    constants = []
+    # The data sets differ in all that is not for training.
+    for index, data in enumerate((textures, make_textures(tmp_path / "data", test_good=2, val_good=5, val_defect=2))):
+        model = quick_model()
+        make_engine(tmp_path / str(index)).train(model, datamodule=data)
+        constants.append(weights_of(model))
+    assert_same(*constants)
+
+
+def test_constants_are_the_quantile_over_training_features(trained, textures):
+    with torch.no_grad():
+        parts = [trained.model.log_likelihoods(trained.pre_processor(b.image)) for b in textures.train_dataloader()]
+    for scale, constant in enumerate(trained.model.scoring.log_maximum):
+        values = torch.cat([part[scale].flatten() for part in parts])
+        torch.testing.assert_close(constant, values.quantile(0.999), rtol=0, atol=0.02)
+
+
+def test_a_checkpoint_brings_everything_with_it(trained, textures, tmp_path):
+    path = tmp_path / "model.ckpt"
+    engine = make_engine(tmp_path)
+    model = quick_model(backbone="resnet18", layers=["layer1"], pre_trained=False)
+    engine.fit(model, datamodule=textures)
+    engine.trainer.save_checkpoint(path)
+    torch.load(path, weights_only=False)
+    restored = CflowPlugin.load_from_checkpoint(path, map_location="cpu", weights_only=False).eval()
+    assert_same(weights_of(model), weights_of(restored))
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(restored(images).anomaly_map, model.eval()(images).anomaly_map, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, textures, schedule):
+    settings = {"epochs": 4, "schedule": schedule, "warmup_epochs": 1}
+    whole = quick_model(**settings)
+    make_engine(tmp_path / "whole").fit(whole, datamodule=textures)
+
+    make_engine(tmp_path / "cut", callbacks=[StopAfter(2)]).fit(quick_model(**settings), datamodule=textures)
+    checkpoint = next((tmp_path / "cut").rglob("last.ckpt"))
+    resumed = quick_model(seed=5, **settings)
+    engine = make_engine(tmp_path / "resumed")
+    engine.fit(resumed, datamodule=textures, ckpt_path=checkpoint)
+    assert engine.trainer.current_epoch == 4
+    assert_same(weights_of(whole), weights_of(resumed))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tmp_path, textures):
+    model = quick_model(epochs=3)
+
+    class Spoil(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                torch.nn.init.constant_(pl_module.model.decoders[0].module_list[1].global_scale, float("inf"))
+
+    with pytest.raises(CflowError, match=r"loss is (nan|inf|-inf) in epoch 1.*last\.ckpt.*learning_rate"):
+        make_engine(tmp_path, callbacks=[Spoil()]).fit(model, datamodule=textures)
+    kept = CflowPlugin.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")), weights_only=False).eval()
+    assert torch.isfinite(kept(torch.rand(1, 3, 64, 64)).anomaly_map).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str
+)
+def test_lightning_s_options(tmp_path, textures, settings):
+    model = quick_model(steps_per_epoch=4)
+    make_engine(tmp_path, **settings).fit(model, datamodule=textures)
+    assert torch.isfinite(model.eval()(torch.rand(1, 3, 64, 64)).anomaly_map).all()
+
+
+def test_what_is_logged(tmp_path, textures):
+    engine = make_engine(tmp_path)
+    engine.fit(quick_model(), datamodule=textures)
+    logged = engine.trainer.callback_metrics
+    assert {"train_loss", "train_nll_scale1", "train_nll_scale2", "learning_rate"} <= set(logged)
+    # Features whitened to unit variance are about as likely as a normal distribution's: 1.4 nats per dimension, less
+    # the whitening's determinant. A sum over dimensions or vectors would be far away from it.
+    assert abs(logged["train_nll_scale1"]) < 10
+
+
+def test_schedules(tmp_path, textures):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    model = quick_model(epochs=10, schedule="cosine", warmup_epochs=2, learning_rate=0.01)
+    make_engine(tmp_path / "cosine", callbacks=[Watch()]).fit(model, datamodule=textures)
+    assert max(rates) == pytest.approx(0.01, rel=0.01)
+    assert 4 <= max(range(30), key=rates.__getitem__) <= 6
+    assert rates[-1] < 1e-4
+    rates.clear()
+    engine = make_engine(tmp_path / "one_cycle", callbacks=[Watch()])
+    engine.fit(quick_model(epochs=4, learning_rate=0.01), datamodule=textures)
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    scheduler = OneCycleLR(optimizer, 0.01, total_steps=12, pct_start=0.2)
+    expected = [scheduler.get_last_lr()[0]]
+    for _ in range(11):
+        optimizer.step()
+        scheduler.step()
+        expected += scheduler.get_last_lr()
+    assert max(rates) == pytest.approx(max(expected))
+
+
+def test_steps_of_a_whole_pass(tmp_path, textures):
+    engine = make_engine(tmp_path)
+    # 12 images of 8×8 cells, 128 vectors a step
+    engine.fit(quick_model(steps_per_epoch=None, vectors_per_step=128, epochs=1), datamodule=textures)
+    assert engine.trainer.global_step == 6
+
+
+def test_augmented_images_are_encoded_anew(tmp_path, textures, caplog):
+    def extractions(folder, **settings):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="cflow_plugin.lightning_model"):
+            data = make_textures(textures.root, **settings)
+            make_engine(tmp_path / folder).fit(quick_model(epochs=3), datamodule=data)
+        return sum("Extracting" in record.message for record in caplog.records)
+
+    assert extractions("plain") == 1
+    assert extractions("augmented", train_augmentations=RandomRotation((-5, 5))) == 3
+    assert not _is_random(Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)]))
+
+
+def test_the_paper_s_settings_train(tmp_path, textures):
+    paper = {"permutation": "random", "neighbourhood": 1, "whiten": False, "noise": 0, "sigma": 0, "top_fraction": 0}
+    model = quick_model(**paper, condition_dims=16, schedule="cosine", learning_rate=2e-4)
+    make_engine(tmp_path).fit(model, datamodule=textures)
+    assert torch.equal(model.model.decoders[0].whitening.matrix, torch.eye(51))
+    result = model.eval()(torch.rand(2, 3, 64, 64))
+    torch.testing.assert_close(result.pred_score, result.anomaly_map.amax((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("epochs", 0), ("steps_per_epoch", 0), ("vectors_per_step", -1), ("learning_rate", 0.0), ("noise", -0.1)],
+)
+def test_impossible_settings_are_refused(setting, value):
+    with pytest.raises(CflowError, match=setting):
+        CflowPlugin(**{**QUICK, setting: value})
+
+
+def test_metrics_in_a_file(tmp_path, textures):
+    engine = make_engine(tmp_path)
+    engine.train(quick_model(), datamodule=textures)
+    written = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
+    assert set(written) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert all(0 <= value <= 1 for value in written.values())
+
+
+@pytest.mark.parametrize(
+    ("lacking", "left"),
+    [
+        ("masks", {"image_AUROC", "image_F1Score"}),
+        ("defects", set()),
+    ],
+)
+def test_metrics_that_cannot_be_computed_are_left_out_with_a_note(tmp_path, trained, textures, caplog, lacking, left):
+    data = make_textures(textures.root)
+    data.setup()
+    samples = data.test_data.samples
+    if lacking == "masks":
+        samples["mask_path"] = None
+    else:
+        data.test_data.samples = samples[samples.label_index == 0].reset_index(drop=True)
+    data.test_data.samples.attrs["task"] = "segmentation"
+    engine = make_engine(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        [metrics] = engine.test(trained, dataloaders=data.test_dataloader())
+    assert set(metrics) == left
+    notes = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(notes) == 5 - len(left)
+
+
+def test_metrics_equal_scikit_learn_s(tmp_path, trained, textures):
+    from sklearn.metrics import roc_auc_score
+
+    [metrics] = make_engine(tmp_path).test(trained, datamodule=textures)
+    scores, labels, maps, masks = [], [], [], []
+    with torch.no_grad():
+        for batch in textures.test_dataloader():
+            result = trained.model(trained.pre_processor(batch.image))
+            scores.append(result.pred_score)
+            labels.append(batch.gt_label)
+            maps.append(result.anomaly_map.flatten())
+            masks.append(batch.gt_mask.flatten())
+    assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(torch.cat(labels), torch.cat(scores)), abs=1e-5)
+    assert metrics["pixel_AUROC"] == pytest.approx(roc_auc_score(torch.cat(masks), torch.cat(maps)), abs=1e-4)
+
+
+@pytest.mark.long
+def test_learning_beats_an_untrained_model_by_a_wide_margin(tmp_path):
+    def measure(name, **settings):
+        seed_everything(0)
+        data = make_textures(tmp_path / "data", image_size=128, category="weave", train_good=24, test_good=12, test_defect=4)
+        model = CflowPlugin(backbone="gabor", image_size=(128, 128), **settings)
+        engine = make_engine(tmp_path / name)
+        [metrics] = engine.train(model, datamodule=data)
+        return metrics
+
+    untrained = measure("untrained", whiten=False, epochs=1, steps_per_epoch=1, learning_rate=1e-12)
+    trained = measure("trained")
+    for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
+        assert trained[name] > untrained[name] + 0.15, (name, trained, untrained)
+
+
+@pytest.mark.long
+@pytest.mark.shared
+def test_real_images_with_real_weights(tmp_path):
+    from anomalib.data import MVTecAD
+
+    seed_everything(0)
+    model = CflowPlugin(
+        layers=["layer2", "layer3"], weights=str(SHARED / "weights" / "resnet18.tv_in1k-layer1-3.safetensors")
+    )
+    data = MVTecAD(root=SHARED / "data", category="cookies", num_workers=0)
+    [metrics] = make_engine(tmp_path).train(model, datamodule=data)
+    assert metrics["image_AUROC"] > 0.98
+    assert metrics["pixel_AUROC"] > 0.945
+    assert metrics["pixel_AUPRO"] > 0.83
