@@ -39,11 +39,6 @@ def make_engine(root: Path, **settings: object) -> Engine:
     return Engine(default_root_dir=root, **{**quiet, **settings})
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    return make_engine(tmp_path)
-
-
 @pytest.fixture(scope="session")
 def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
     """A small data set, with defects and masks."""

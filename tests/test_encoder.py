@@ -141,7 +141,9 @@ def test_unknown_names_are_refused_with_the_ones_there_are():
 def test_without_the_hub_one_sentence_names_the_remedies(tmp_path):
     code = "from cflow_plugin.encoder import Encoder; Encoder('resnet18', ['layer2']).load_pretrained()"
     # Nothing listens at the discard port.
-    out = run_command("python", "-c", code, cwd=tmp_path, expect=1, HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
+    out = run_command(
+        "python", "-c", code, cwd=tmp_path, expect=1, HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9"
+    )
     last = out.strip().splitlines()[-1]
     assert "CflowError" in last
     assert all(remedy in last for remedy in ("internet", "--model.weights", "--model.pre_trained false"))
