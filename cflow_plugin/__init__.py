@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    # Python imports this package at every start (see startup.py), so nothing heavy may be imported before it is asked for.
+    # Python imports this package at every start (see startup.py), so nothing heavy is imported before it is asked for.
     if name == "CflowPlugin":
         from cflow_plugin.lightning_model import CflowPlugin
 

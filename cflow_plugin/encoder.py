@@ -180,9 +180,9 @@ class Encoder(nn.Module):
             network = timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub's client raises many unrelated types when it is offline
             msg = (
-                f"The ImageNet weights {name!r} could not be fetched from timm's hub ({_first_line(error)}). Connect to "
-                "the internet once, or pass a local file with --model.weights FILE (.safetensors or .pth), or accept "
-                "an untrained encoder with --model.pre_trained false."
+                f"The ImageNet weights {name!r} could not be fetched from timm's hub ({_first_line(error)}). Connect "
+                "to the internet once, or pass a local file with --model.weights FILE (.safetensors or .pth), or "
+                "accept an untrained encoder with --model.pre_trained false."
             )
             raise CflowError(msg) from error
         self._load(network.state_dict(), source=f"timm's {name}")

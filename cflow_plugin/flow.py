@@ -135,8 +135,8 @@ class CouplingBlock(InvertibleModule):
         self.passive = dimensions - dimensions // 2
         self.active = dimensions // 2
         self.clamp = clamp
-        subnet_in = self.passive + self.condition_dims
-        self.subnet = nn.Sequential(nn.Linear(subnet_in, 2 * subnet_in), nn.ReLU(), nn.Linear(2 * subnet_in, 2 * self.active))
+        inputs = self.passive + self.condition_dims
+        self.subnet = nn.Sequential(nn.Linear(inputs, 2 * inputs), nn.ReLU(), nn.Linear(2 * inputs, 2 * self.active))
         # softplus^-1 of an initial scale of one, in FrEIA's parametrisation 0.1 softplus(x, beta=0.5)
         self.global_scale = nn.Parameter(torch.full((1, dimensions), 2 * math.log(math.expm1(5.0))))
         self.global_offset = nn.Parameter(torch.zeros(1, dimensions))

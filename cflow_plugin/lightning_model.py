@@ -351,7 +351,9 @@ class CflowPlugin(AnomalibModule):
             kept = max(1, min(len(positions), _CALIBRATION_VECTORS // len(features)))
             chosen = torch.randperm(len(positions), generator=generator)[:kept]
             condition = self.model.condition(*size, features)[positions[chosen]]
-            likelihoods.append(torch.cat([decoder.log_likelihood(part[:, chosen], condition) for part in features.split(8)]))
+            likelihoods.append(
+                torch.cat([decoder.log_likelihood(part[:, chosen], condition) for part in features.split(8)])
+            )
         self.model.scoring.calibrate(likelihoods)
 
     def on_fit_end(self) -> None:

@@ -58,7 +58,9 @@ class AnomalyScoring(nn.Module):
             rank = max(1, round(_UPPER_QUANTILE * values.numel()))
             self.log_maximum[scale] = values.flatten().float().kthvalue(rank).values
 
-    def forward(self, log_likelihoods: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, log_likelihoods: Sequence[torch.Tensor], size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute anomaly maps and image scores.
 
         Args:

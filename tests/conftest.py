@@ -1,4 +1,4 @@
-"""What several test files share: small data, a quickly trained model, and the real images and weights where they are."""
+"""What several test files share: small data, a quickly trained model, and where the real images and weights are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def make_textures(root: Path, **settings: object) -> Textures:
-    few = {"image_size": 64, "train_good": 12, "test_good": 4, "test_defect": 1, "val_good": 2, "val_defect": 1}
+    few = {"resolution": 64, "train_good": 12, "test_good": 4, "test_defect": 1, "val_good": 2, "val_defect": 1}
     return Textures(**{"root": root, "train_batch_size": 4, "eval_batch_size": 4, **few, **settings})
 
 

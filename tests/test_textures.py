@@ -24,7 +24,7 @@ from cflow_plugin.data.textures import CATEGORIES, draw, generate_category
 from cflow_plugin.errors import CflowError
 
 SMALL = {
-    "image_size": 64,
+    "resolution": 64,
     "train_good": 4,
     "test_good": 3,
     "test_defect": 2,
@@ -190,7 +190,7 @@ def test_the_later_of_two_runs_drops_its_own(made: Path, tmp_path: Path, monkeyp
     assert files(tmp_path) == files(made)
 
 
-@pytest.mark.parametrize("setting", ["image_size", "seed", "train_good", "val_defect"])
+@pytest.mark.parametrize("setting", ["resolution", "seed", "train_good", "val_defect"])
 def test_other_settings_are_refused_and_the_files_kept(setting: str, copy: Path) -> None:
     before = files(copy)
     other = {"seed": 0, **SMALL}
@@ -239,7 +239,7 @@ def test_a_root_that_cannot_be_written_to(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"category": "carpet"}, "choose one of brushed_metal, grille, mosaic, terrazzo, weave, wood_grain"),
-        ({"category": "weave", "image_size": 63}, "at least 64"),
+        ({"category": "weave", "resolution": 63}, "at least 64"),
         ({"category": "weave", "seed": -1}, "0 or more"),
         ({"category": "weave", "val_defect": 0}, "set val_defect to 1 or more"),
     ],

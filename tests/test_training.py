@@ -272,7 +272,7 @@ def test_learning_beats_an_untrained_model_by_a_wide_margin(tmp_path):
     def measure(name, **settings):
         seed_everything(0)
         data = make_textures(
-            tmp_path / "data", image_size=128, category="weave", train_good=24, test_good=12, test_defect=4
+            tmp_path / "data", resolution=128, category="weave", train_good=24, test_good=12, test_defect=4
         )
         model = CflowPlugin(backbone="gabor", image_size=(128, 128), **settings)
         engine = make_engine(tmp_path / name)

@@ -23,7 +23,7 @@ class Textures(AnomalibDataModule):
     Args:
         root: Folder of the data set; see ``generate_category`` for what is written there.
         category: ``brushed_metal``, ``grille``, ``mosaic``, ``terrazzo``, ``weave`` or ``wood_grain``.
-        image_size: Width and height of the generated images in pixels, at least 64.
+        resolution: Width and height of the generated images in pixels, at least 64.
         train_good: Number of training images, all without a defect.
         test_good: Number of test images without a defect.
         test_defect: Number of test images for each of the category's five or six kinds of defect.
@@ -58,7 +58,7 @@ class Textures(AnomalibDataModule):
         self,
         root: Path | str = "./datasets/Textures",
         category: str = "weave",
-        image_size: int = 256,
+        resolution: int = 256,
         train_good: int = 40,
         test_good: int = 16,
         test_defect: int = 6,
@@ -93,7 +93,7 @@ class Textures(AnomalibDataModule):
         self.category = category
         self.recipe = Recipe(
             category=category,
-            image_size=image_size,
+            resolution=resolution,
             seed=seed,
             train_good=train_good,
             test_good=test_good,

@@ -1,7 +1,7 @@
 """Clean surfaces: six families of material, drawn from random numbers.
 
 Lengths are in design pixels: a picture is 256 of them wide whatever its resolution, so that the same number of threads,
-chips or tiles is seen at every ``image_size``. Colours are display values between 0 and 1. Families with a direction
+chips or tiles is seen at every ``resolution``. Colours are display values between 0 and 1. Families with a direction
 take a ``turn``, in radians, by which a piece lies off the usual one.
 """
 

@@ -50,7 +50,7 @@ class Recipe:
 
     Attributes:
         category: One of ``CATEGORIES``.
-        image_size: Width and height of the images in pixels, at least 64.
+        resolution: Width and height of the images in pixels, at least 64.
         seed: Not negative. Another seed gives other pieces of the same materials.
         train_good: Number of training images; there are no defects among them.
         test_good: Number of test images without a defect.
@@ -63,7 +63,7 @@ class Recipe:
     """
 
     category: str
-    image_size: int = 256
+    resolution: int = 256
     seed: int = 0
     train_good: int = 40
     test_good: int = 16
@@ -76,8 +76,8 @@ class Recipe:
         if self.category not in CATEGORIES:
             msg = f"There is no texture category {self.category!r}; choose one of {', '.join(CATEGORIES)}."
             raise CflowError(msg)
-        if self.image_size < _SMALLEST:
-            msg = f"Textures need an image_size of at least {_SMALLEST} pixels; {self.image_size} were asked for."
+        if self.resolution < _SMALLEST:
+            msg = f"Textures need an resolution of at least {_SMALLEST} pixels; {self.resolution} were asked for."
             raise CflowError(msg)
         if self.seed < 0:
             msg = f"The textures' seed must be 0 or more; choose another than {self.seed}."
@@ -223,7 +223,7 @@ def _write(part: _Part, recipe: Recipe) -> None:
     passing = part.folder.with_name(f".{part.folder.name}-{secrets.token_hex(4)}")
     try:
         for folder, split, kind, index in track(part.pictures, f"Drawing {part.folder}", transient=True):
-            picture = draw(recipe.category, kind, split, index, seed=recipe.seed, size=recipe.image_size)
+            picture = draw(recipe.category, kind, split, index, seed=recipe.seed, size=recipe.resolution)
             _save(passing / folder / kind / f"{index:03}.png", picture.image)
             if kind != "good":
                 _save(passing / "ground_truth" / kind / f"{index:03}_mask.png", picture.mask)

@@ -1,0 +1,196 @@
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data.datasets.image.mvtecad import CATEGORIES
+
+from cflow_plugin.encoder import BACKBONES
+
+from .conftest import ROOT, run_command
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MVTEC_AD_SIZES = {"transistor": 128} | dict.fromkeys(("cable", "capsule", "hazelnut", "metal_nut", "pill"), 256)
+FEW = ["--data.resolution", "64", "--data.train_good", "6", "--data.test_good", "2", "--data.test_defect", "1"]
+FEW += ["--data.val_good", "2", "--data.val_defect", "1"]
+QUICK = ["--model.backbone", "gabor", "--model.image_size", "[64, 64]", "--model.epochs", "2"]
+QUICK += ["--model.steps_per_epoch", "2", "--model.coupling_blocks", "2"]
+CPU = ["--trainer.accelerator", "cpu"]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT / "configs"))
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """anomalib's own command line, without building what was asked for."""
+    monkeypatch.setattr(AnomalibCLI, "before_instantiate_classes", lambda self: None)
+    monkeypatch.setattr(AnomalibCLI, "instantiate_classes", lambda self: None)
+
+    def parse(*arguments):
+        return AnomalibCLI(args=["train", *map(str, arguments)], run=False).config["train"]
+
+    return parse
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_config_is_understood(parse, path):
+    data = ["--data", "MVTecAD"] if path.parent.name == "ablation" else []
+    config = parse("--config", path, *data)
+    assert config.model.class_path == "cflow_plugin.CflowPlugin"
+    given = yaml.safe_load(path.read_text())
+    for part in ("model", "data"):
+        for key, value in given.get(part, {}).get("init_args", {}).items():
+            understood = config[part].init_args[key]
+            understood = list(understood) if isinstance(understood, tuple) else understood
+            assert (
+                understood == value
+                or hasattr(understood, "class_path")
+                or str(understood) in (str(value), str(Path(str(value))))
+            )
+
+
+def test_a_config_for_each_category_at_the_paper_s_resolution(parse):
+    paths = {path.stem: path for path in CONFIGS if path.parent.name == "mvtec_ad"}
+    assert set(paths) == set(CATEGORIES)
+    for category, path in paths.items():
+        given = yaml.safe_load(path.read_text())
+        size = MVTEC_AD_SIZES.get(category, 512)
+        assert given["data"]["init_args"]["category"] == category
+        assert given["model"]["init_args"]["image_size"] == [size, size]
+
+
+def test_ablations_are_what_their_names_say():
+    for path in (path for path in CONFIGS if path.parent.name == "ablation"):
+        backbone, blocks, _, layers, _, size, *rest = path.stem.split("-")
+        settings = yaml.safe_load(path.read_text())["model"]["init_args"]
+        assert settings["backbone"] == backbone
+        assert settings["coupling_blocks"] == int(blocks)
+        assert settings["layers"] == list(BACKBONES[backbone].layers[: int(layers)])
+        assert settings["image_size"] == [int(size)] * 2
+        assert settings.get("condition_dims", 128) == (0 if rest == ["uflow"] else 128)
+
+
+def test_configs_combine(parse):
+    config = parse("--config", ROOT / "configs/mvtec_ad/screw.yaml", "--config", ROOT / "configs/paper.yaml")
+    assert config.model.init_args.backbone == "wide_resnet50_2"
+    assert config.model.init_args.epochs == 100
+    assert config.data.init_args.category == "screw"
+    assert config.data.init_args.train_augmentations.init_args.degrees == [-5, 5]
+
+
+@pytest.mark.parametrize("name", ["CflowPlugin", "cflow_plugin.CflowPlugin"])
+def test_short_and_full_name(parse, name):
+    config = parse("--model", name, "--model.backbone", "gabor", "--data", "Textures", "--data.category", "grille")
+    assert config.model.init_args.backbone == "gabor"
+    assert config.data.class_path.endswith("Textures")
+
+
+@pytest.mark.long
+def test_train_test_and_predict(tmp_path):
+    out = run_command(
+        "anomalib", "train", "--model", "CflowPlugin", *QUICK, "--data", "Textures", *FEW, *CPU, cwd=tmp_path
+    )  # fmt: skip
+    assert "image_AUROC" in out
+    results = tmp_path / "results/CflowPlugin/Textures/weave/latest"
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert "pixel_AUPRO" in metrics
+    assert (
+        len(list((results / "images").rglob("*.png")))
+        == 2 + len(list((tmp_path / "datasets").rglob("test/*/*.png"))) - 2
+    )
+    checkpoint = results / "weights/lightning/model.ckpt"
+
+    out = run_command(
+        "anomalib", "test", "--model", "CflowPlugin", *QUICK, "--data", "Textures", *FEW, *CPU, "--ckpt_path", checkpoint,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert f"{metrics['pixel_AUROC']:.4f}" in out
+
+    images = next((tmp_path / "datasets").rglob("test/good"))
+    run_command(
+        "anomalib", "predict", "--model", "CflowPlugin", *QUICK, "--data", images, "--ckpt_path", checkpoint,
+        cwd=tmp_path,
+    )  # fmt: skip
+    tested = list((tmp_path / "datasets/Textures/weave/test").rglob("*.png"))
+    assert len(list((results / "images").rglob("*.png"))) == len(tested) > 2
+    checkpoint = results / "weights/lightning/model.ckpt"
+
+    out = run_command(
+        "anomalib", "test", "--model", "CflowPlugin", *QUICK, "--data", "Textures", *FEW, *CPU, "--ckpt_path", checkpoint,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert f"{metrics['pixel_AUROC']:.4f}" in out
+
+    images = next((tmp_path / "datasets").rglob("test/good"))
+    run_command(
+        "anomalib", "predict", "--model", "CflowPlugin", *QUICK, "--data", images, "--ckpt_path", checkpoint,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert len(list((tmp_path / "results").rglob("images/**/*.png"))) > 2
+
+
+@pytest.mark.long
+def test_benchmark(tmp_path):
+    config = {
+        "accelerator": ["cpu"],
+        "benchmark": {
+            "seed": 0,
+            "model": {
+                "class_path": "CflowPlugin",
+                "init_args": {"backbone": "gabor", "epochs": 1, "steps_per_epoch": 2},
+            },
+            "data": {"class_path": "Textures", "init_args": {"resolution": 64, "train_good": 6}},
+        },
+    }
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    run_command("anomalib", "benchmark", "--config", "benchmark.yaml", cwd=tmp_path)
+    [table] = tmp_path.rglob("*.csv")
+    assert "CflowPlugin" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.weights", "absent.pth", "--data", "Textures", *FEW], ["no weights file", "--model.weights"]),
+        (["--model.pre_trained", "false", "--data", "MVTecAD"], ["download failed", "--data.root"]),
+        (["--data", "Textures", *FEW], ["could not be fetched", "--model.weights FILE", "--model.pre_trained false"]),
+    ],
+    ids=["no weights file", "no data set", "no hub"],
+)
+def test_errors_are_one_sentence(tmp_path, arguments, words):
+    offline = {
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    out = run_command("anomalib", "train", "--model", "CflowPlugin", *arguments, cwd=tmp_path, expect=1, **offline)
+    assert "Traceback" not in out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert all(word in last for word in words), last
+
+
+@pytest.mark.long
+def test_the_wheel_in_a_clean_environment(tmp_path):
+    """Nothing of this checkout or of an editable install is in reach there; the dependencies are borrowed."""
+    run_command("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    [wheel] = tmp_path.glob("cflow_plugin-*.whl")
+    run_command("python", "-m", "venv", tmp_path / "clean", cwd=tmp_path)
+    clean = tmp_path / "clean/bin/python"
+    run_command(clean, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    [packages] = (tmp_path / "clean/lib").glob("python3*/site-packages")
+    # A path named in a .pth file is searched after this environment's own, and its own .pth files are not run.
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = run_command(clean, "-c", "import cflow_plugin; print(cflow_plugin.__file__)", cwd=tmp_path)
+    assert str(packages) in where
+    code = "import sys; from anomalib.cli.cli import main; sys.argv[0] = 'anomalib'; main()"
+    out = run_command(
+        clean, "-c", code, "train", "--config", ROOT / "configs/demo.yaml", *FEW, *QUICK, *CPU,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "pixel_AUPRO" in out
+    assert (tmp_path / "results/CflowPlugin/Textures/weave/latest/metrics.json").is_file()

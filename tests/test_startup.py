@@ -1,0 +1,90 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+
+def python(code, *options, **environment):
+    finished = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return finished.returncode, finished.stdout.strip(), finished.stderr
+
+
+def test_interpreter_start_imports_nothing_heavy():
+    _, modules, _ = python("import sys; print(' '.join(sys.modules))")
+    _, without, _ = python("import sys; print(' '.join(sys.modules))", CFLOW_PLUGIN_AUTOLOAD="0")
+    extra = set(modules.split()) - set(without.split())
+    assert not {name for name in modules.split() if name.split(".")[0] in ("torch", "anomalib", "lightning", "numpy")}
+    assert extra <= {"cflow_plugin", "cflow_plugin.startup"}
+
+
+def test_other_programs_do_not_meet_it():
+    code = (
+        "import json, urllib.parse, sys; print('cflow_plugin.lightning_model' in sys.modules, 'torch' in sys.modules)"
+    )
+    assert python(code)[1] == "False False"
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["anomalib.models", "anomalib.data", "anomalib.engine", "cflow_plugin.data", "cflow_plugin.lightning_model"],
+)
+def test_names_are_known_whatever_is_imported_first(first):
+    code = (
+        f"import {first}\n"
+        "import anomalib.models, anomalib.data\n"
+        "print(anomalib.models.CflowPlugin.__name__, anomalib.data.Textures.__name__)"
+    )
+    status, out, errors = python(code)
+    assert status == 0, errors
+    assert out.splitlines()[-1] == "CflowPlugin Textures"
+
+
+def test_found_by_anomalib_s_own_look_up():
+    code = (
+        "from anomalib.models import get_model, list_models\n"
+        "print('cflow_plugin' in list_models(), type(get_model('cflow_plugin', backbone='gabor')).__module__)"
+    )
+    status, out, errors = python(code)
+    assert status == 0, errors
+    assert out.splitlines()[-1] == "True cflow_plugin.lightning_model"
+
+
+def test_switched_off():
+    code = "import anomalib.models as m; print(hasattr(m, 'CflowPlugin'))"
+    assert python(code, CFLOW_PLUGIN_AUTOLOAD="0")[1].splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("module", ["startup", "lightning_model"])
+def test_a_broken_installation_breaks_neither_python_nor_anomalib(tmp_path, module):
+    package = tmp_path / "cflow_plugin"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if module != "startup":
+        source = (ROOT / "cflow_plugin" / "startup.py").read_text()
+        (package / "startup.py").write_text(source)
+    (package / f"{module}.py").write_text("raise RuntimeError('broken')")
+    line = (ROOT / "cflow_plugin.pth").read_text()
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{line}\n"
+    code += "from anomalib.models import Padim; print(Padim.__name__)"
+    status, out, errors = python(code, CFLOW_PLUGIN_AUTOLOAD="1", PYTHONPATH=str(tmp_path))
+    assert status == 0, errors
+    assert out.splitlines()[-1] == "Padim"
+    if module == "lightning_model":
+        assert "cflow_plugin could not be loaded (RuntimeError: broken)" in errors
+
+
+def test_the_file_is_one_line_that_cannot_raise():
+    text = (ROOT / "cflow_plugin.pth").read_text().strip()
+    assert len(text.splitlines()) == 1
+    assert text.startswith("import ")
+    assert Path(ROOT / "cflow_plugin.pth").stat().st_size < 200
