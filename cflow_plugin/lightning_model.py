@@ -35,8 +35,10 @@ from cflow_plugin.torch_model import CflowModel
 
 logger = logging.getLogger(__name__)
 
-# The scoring constants are a quantile; this many vectors a scale leave its sampling error far below its effect.
-_CALIBRATION_VECTORS = 2**16
+# The scoring constants are means and quantiles over all positions of this many training images, whose sampling error is
+# far below their effect. A model still in training makes do with fewer: they serve if the run is cut off there.
+_CALIBRATION_IMAGES = 128
+_INTERIM_CALIBRATION_IMAGES = 16
 _LIGHTNING_DEFAULT_EPOCHS = 1000
 
 
@@ -66,6 +68,9 @@ class CflowPlugin(AnomalibModule):
         sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
         top_fraction: The image score is the mean over this fraction of the map's highest pixels; 0 takes the maximum
             as the paper does.
+        position_correction: Share of a position's mean log-likelihood over the training images that is not held
+            against it; the outermost cells, which see the encoder's zero padding, are corrected in full. 0 as in the
+            paper.
         epochs: Length of the recipe in epochs, where ``--trainer.max_epochs`` does not set another.
         steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
         vectors_per_step: Feature vectors of the finest scale in a step; coarser scales take part in proportion to
@@ -105,11 +110,12 @@ class CflowPlugin(AnomalibModule):
         permutation: Permutation = "swap",
         neighbourhood: int = 3,
         whiten: bool = True,
-        noise: float = 0.3,
+        noise: float = 0.6,
         sigma: float = 4.0,
         top_fraction: float = 0.01,
+        position_correction: float = 0.25,
         epochs: int = 8,
-        steps_per_epoch: int | None = 15,
+        steps_per_epoch: int | None = 30,
         vectors_per_step: int = 512,
         learning_rate: float = 2e-3,
         schedule: Literal["one_cycle", "cosine"] = "one_cycle",
@@ -157,9 +163,11 @@ class CflowPlugin(AnomalibModule):
             neighbourhood=neighbourhood,
             sigma=sigma,
             top_fraction=top_fraction,
+            position_correction=position_correction,
         )
         self._encoder_is_loaded = False
         self._decoders_are_whitened = False
+        self._calibrated_step = -1
         self._seed: int | None = None
         self._bank: FeatureBank | None = None
 
@@ -332,28 +340,34 @@ class CflowPlugin(AnomalibModule):
     def on_validation_start(self) -> None:
         """Set the scoring constants before validation scores anything."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._calibrate()
+            self._calibrate(_CALIBRATION_IMAGES)
+            self._calibrated_step = self.global_step
 
     def on_train_epoch_end(self) -> None:
         """Set the scoring constants before a checkpoint is written."""
-        self._calibrate()
+        if self._calibrated_step == self.global_step:
+            return
+        trainer = self.trainer
+        last = (
+            trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs or self.global_step == trainer.max_steps
+        )
+        self._calibrate(_CALIBRATION_IMAGES if last else _INTERIM_CALIBRATION_IMAGES)
 
     @torch.no_grad()
-    def _calibrate(self) -> None:
-        """Read the scoring constants off the training features."""
+    def _calibrate(self, images: int) -> None:
+        """Read the scoring constants off the features of this many training images."""
         bank, likelihoods = self._bank, []
         if bank is None:
             return
-        generator = torch.Generator().manual_seed(self._seed)
+        chosen = torch.randperm(len(bank.features[0]), generator=torch.Generator().manual_seed(self._seed))[:images]
         for decoder, features, positions, size in zip(
             self.model.decoders, bank.features, bank.positions, bank.sizes, strict=True
         ):
-            kept = max(1, min(len(positions), _CALIBRATION_VECTORS // len(features)))
-            chosen = torch.randperm(len(positions), generator=generator)[:kept]
-            condition = self.model.condition(*size, features)[positions[chosen]]
-            likelihoods.append(
-                torch.cat([decoder.log_likelihood(part[:, chosen], condition) for part in features.split(8)])
-            )
+            condition = self.model.condition(*size, features)[positions]
+            likelihood = features.new_full((len(chosen), size[0] * size[1]), float("nan"))
+            for row, image in enumerate(chosen):
+                likelihood[row, positions] = decoder.log_likelihood(features[image], condition)
+            likelihoods.append(likelihood.unflatten(1, size))
         self.model.scoring.calibrate(likelihoods)
 
     def on_fit_end(self) -> None:

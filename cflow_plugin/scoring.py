@@ -3,10 +3,14 @@
 __all__ = ["AnomalyScoring"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import nn
 from torch.nn import functional
+
+from cflow_plugin.errors import CflowError
 
 # A single extreme training vector must not set a scale's constant, so the "maximum" of the paper is this quantile.
 _UPPER_QUANTILE = 0.999
@@ -17,29 +21,53 @@ _SCORE_STRIDE = 4
 class AnomalyScoring(nn.Module):
     r"""Turn log-likelihoods of all scales into an anomaly map and an image score.
 
-    For each scale :math:`k`, :math:`p_i^k = \min(1, e^{\ell_i^k - m_k})` with :math:`\ell` the log-likelihood per
-    dimension and :math:`m_k` its upper quantile over *training* features; the map is
+    For each scale :math:`k` and position :math:`i`, :math:`p_i^k = \min(1, e^{\ell_i^k - e_i^k - m_k})` with
+    :math:`\ell` the log-likelihood per dimension, :math:`e_i` a correction of what is usual at the position, and
+    :math:`m_k` the upper quantile of :math:`\ell - e` over *training* features; the map is
     :math:`S = K - \sum_k b(p^k)` with :math:`b` bilinear upsampling and Gaussian smoothing. The constants
-    :math:`m_k` and :math:`K` do not depend on what else is in a batch, so neither does any score.
+    :math:`e`, :math:`m` and :math:`K` do not depend on what else is in a batch, so neither does any score.
+
+    Without :math:`e` the outermost cells, whose features the encoder computes from its zero padding, look anomalous in
+    every image. They are corrected by their whole distance to the interior, and each position by the share
+    ``position_correction`` of its own mean: the whole mean would forgive too much where parts differ most.
 
     Args:
         scales: Number K of scales.
         sigma: Standard deviation of the smoothing, in pixels of the map; 0 switches it off.
         top_fraction: The image score is the mean of this fraction of the map's highest values; 0 takes the maximum.
+        position_correction: Share of a position's mean that is corrected; 0 switches the correction off, borders
+            included.
+
+    Raises:
+        CflowError: If a setting is out of range.
     """
 
-    def __init__(self, scales: int, sigma: float = 4.0, top_fraction: float = 0.01) -> None:
+    def __init__(
+        self, scales: int, sigma: float = 4.0, top_fraction: float = 0.01, position_correction: float = 0.25
+    ) -> None:
         super().__init__()
-        if sigma < 0:
+        if not sigma >= 0:
             msg = f"sigma must not be negative, got {sigma}."
-            raise ValueError(msg)
-        if not 0 <= top_fraction <= 1:
-            msg = f"top_fraction must lie between 0 and 1, got {top_fraction}."
-            raise ValueError(msg)
+            raise CflowError(msg)
+        for name, value in (("top_fraction", top_fraction), ("position_correction", position_correction)):
+            if not 0 <= value <= 1:
+                msg = f"{name} must lie between 0 and 1, got {value}."
+                raise CflowError(msg)
         self.sigma = sigma
         self.top_fraction = top_fraction
+        self.position_correction = position_correction
         self.log_maximum: torch.Tensor
         self.register_buffer("log_maximum", torch.full((scales,), float("nan")))
+        for scale in range(scales):
+            # Of the map's size once it is known; one cell stands for every size.
+            self.register_buffer(f"correction_{scale}", torch.zeros(1, 1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        for name, buffer in self.named_buffers():
+            given = state_dict.get(prefix + name)
+            if name.startswith("correction_") and given is not None and given.ndim == buffer.ndim:
+                setattr(self, name, buffer.new_zeros(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def is_calibrated(self) -> bool:
@@ -51,12 +79,29 @@ class AnomalyScoring(nn.Module):
         """Set the constants from the training features' log-likelihoods.
 
         Args:
-            log_likelihoods: One tensor of any shape for each scale, nats per dimension.
+            log_likelihoods: For each scale ``(N, H_k, W_k)``, nats per dimension; NaN at positions not looked at.
         """
         for scale, values in enumerate(log_likelihoods):
+            values = values.float()
+            correction = values.new_zeros(1, 1)
+            if self.position_correction:
+                mean = _fill(values.nanmean(0))
+                border = _border_correction(mean)
+                correction = border + self.position_correction * (mean - border)
+            setattr(self, f"correction_{scale}", correction)
+            corrected = values - correction
+            corrected = corrected[torch.isfinite(corrected)]
             # ``torch.quantile`` refuses more than 2^24 values; the k-th value has no such limit.
-            rank = max(1, round(_UPPER_QUANTILE * values.numel()))
-            self.log_maximum[scale] = values.flatten().float().kthvalue(rank).values
+            rank = max(1, round(_UPPER_QUANTILE * corrected.numel()))
+            self.log_maximum[scale] = corrected.kthvalue(rank).values
+
+    def log_normalizer(self, scale: int, size: tuple[int, int]) -> torch.Tensor:
+        """The constants :math:`e_i^k + m_k` of one scale, ``(H_k, W_k)``, for a feature map of this size."""
+        correction = getattr(self, f"correction_{scale}")
+        if tuple(correction.shape) != size:
+            # An image of another size than in training: the same place in the image keeps its correction.
+            correction = functional.interpolate(correction[None, None], size, mode="bilinear", align_corners=True)[0, 0]
+        return correction + self.log_maximum[scale]
 
     def forward(
         self, log_likelihoods: Sequence[torch.Tensor], size: tuple[int, int]
@@ -72,10 +117,11 @@ class AnomalyScoring(nn.Module):
             scores, ``(B,)``.
         """
         anomaly_map: torch.Tensor | float = 0.0
-        for log_maximum, values in zip(self.log_maximum, log_likelihoods, strict=True):
-            surprise = 1 - torch.exp(values - log_maximum).clamp(max=1)
-            rows = _upsampling_matrix(values.shape[-2], size[0], self.sigma).to(surprise)
-            columns = _upsampling_matrix(values.shape[-1], size[1], self.sigma).to(surprise)
+        for scale, values in enumerate(log_likelihoods):
+            height, width = (int(length) for length in values.shape[-2:])
+            surprise = 1 - torch.exp(values - self.log_normalizer(scale, (height, width))).clamp(max=1)
+            rows = _upsampling_matrix(height, size[0], self.sigma).to(surprise)
+            columns = _upsampling_matrix(width, size[1], self.sigma).to(surprise)
             anomaly_map = anomaly_map + rows @ surprise @ columns.T
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
@@ -102,3 +148,26 @@ def _upsampling_matrix(cells: int, pixels: int, sigma: float) -> torch.Tensor:
     # The kernel is cut at the border and renormalised, so that no value from outside the image is invented.
     kernel = torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
     return (kernel / kernel.sum(1, keepdim=True)) @ matrix
+
+
+def _border_correction(mean: torch.Tensor) -> torch.Tensor:
+    """How far the outermost cells' mean log-likelihood lies below the interior's, there; zero elsewhere.
+
+    Args:
+        mean: Mean log-likelihood of each position, ``(H, W)``.
+    """
+    correction = torch.zeros_like(mean)
+    inside = torch.zeros_like(mean, dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    if inside.any():
+        correction[~inside] = (mean[~inside].mean() - mean[inside].mean()).clamp(max=0)
+    return correction
+
+
+def _fill(mean: torch.Tensor) -> torch.Tensor:
+    """Give positions without a value that of the nearest one with a value."""
+    missing = torch.isnan(mean).cpu().numpy()
+    if not missing.any():
+        return mean
+    rows, columns = distance_transform_edt(missing, return_distances=False, return_indices=True)
+    return mean[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]

@@ -29,6 +29,7 @@ class CflowModel(nn.Module):
         neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
         sigma: Smoothing of the anomaly map, in pixels.
         top_fraction: Part of the map's highest values that makes the image score.
+        position_correction: See :class:`~cflow_plugin.scoring.AnomalyScoring`.
 
     Raises:
         CflowError: If ``neighbourhood`` is not odd, or the encoder cannot be built.
@@ -45,6 +46,7 @@ class CflowModel(nn.Module):
         neighbourhood: int = 3,
         sigma: float = 4.0,
         top_fraction: float = 0.01,
+        position_correction: float = 0.25,
     ) -> None:
         super().__init__()
         if neighbourhood < 1 or neighbourhood % 2 == 0:
@@ -57,7 +59,7 @@ class CflowModel(nn.Module):
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
             for channels in self.encoder.channels
         )
-        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction)
+        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction)
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
+from cflow_plugin.errors import CflowError
 from cflow_plugin.scoring import AnomalyScoring
 
 SIZES = [(16, 12), (8, 6)]
@@ -22,7 +23,7 @@ def scoring():
 
 
 def test_constants_are_high_quantiles():
-    scoring, training = AnomalyScoring(scales=2), likelihoods(20)
+    scoring, training = AnomalyScoring(scales=2, position_correction=0), likelihoods(20)
     assert not scoring.is_calibrated
     scoring.calibrate(training)
     assert scoring.is_calibrated
@@ -44,8 +45,9 @@ def test_map_against_the_formula(sigma):
     scoring.calibrate(likelihoods(20, seed=1))
     test, size = likelihoods(3), (64, 48)
     expected = np.zeros((3, *size))
-    for values, log_maximum in zip(test, scoring.log_maximum, strict=True):
-        probability = np.minimum(1, np.exp(values.double() - log_maximum.double()))
+    for scale, values in enumerate(test):
+        normalizer = scoring.log_maximum[scale].double() + getattr(scoring, f"correction_{scale}").double()
+        probability = np.minimum(1, np.exp(values.double() - normalizer))
         up = functional.interpolate(probability[:, None], size, mode="bilinear", align_corners=True)[:, 0].numpy()
         if sigma:
             blur = {"sigma": (0, sigma, sigma), "mode": "constant", "truncate": 20}
@@ -77,8 +79,60 @@ def test_a_less_likely_cell_raises_map_and_score(scoring):
     assert (after - before)[0, 0].argmax() in torch.arange(64 * 48).view(64, 48)[12:36, 12:36]
 
 
-def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="sigma"):
-        AnomalyScoring(1, sigma=-1)
-    with pytest.raises(ValueError, match="top_fraction"):
-        AnomalyScoring(1, top_fraction=2)
+def test_correction_against_the_formula():
+    training = likelihoods(20)
+    training[0][:, 0] -= 3  # a border that is always unlikely
+    training[0][:, 5, 7] -= 2  # and a place inside that often is
+    scoring = AnomalyScoring(scales=2, position_correction=0.25)
+    scoring.calibrate(training)
+    for scale, values in enumerate(training):
+        mean = values.double().mean(0).numpy()
+        border = np.pad(np.zeros(np.subtract(mean.shape, 2)), 1, constant_values=1).astype(bool)
+        offset = np.where(border, min(0, mean[border].mean() - mean[~border].mean()), 0)
+        correction = offset + 0.25 * (mean - offset)
+        np.testing.assert_allclose(getattr(scoring, f"correction_{scale}").numpy(), correction, atol=1e-5)
+        corrected = values.numpy() - correction
+        expected = np.quantile(corrected, 0.999, method="nearest")
+        assert scoring.log_maximum[scale].item() == pytest.approx(expected, abs=0.05)
+
+
+def test_the_border_of_good_parts_is_not_anomalous():
+    training, test = ([values / 5 for values in likelihoods(20, seed)] for seed in (0, 1))
+    for values in (training[0], test[0]):
+        values[:, [0, -1]] -= 3
+        values[:, :, [0, -1]] -= 3
+    excess = []
+    for share in (0, 0.25):
+        scoring = AnomalyScoring(scales=2, sigma=0, position_correction=share)
+        scoring.calibrate(training)
+        anomaly_map, _ = scoring(test, SIZES[0])
+        inside = anomaly_map[..., 1:-1, 1:-1].mean()
+        excess.append((anomaly_map.sum() - anomaly_map[..., 1:-1, 1:-1].sum()) / (20 * 52) - inside)
+    assert excess[0] > 0.2
+    assert abs(excess[1]) < 0.05
+
+
+def test_positions_not_looked_at_take_their_neighbour_s_correction():
+    training = likelihoods(20)
+    whole = AnomalyScoring(scales=2, position_correction=1)
+    whole.calibrate(training)
+    training[0][:, 3, 3] = float("nan")
+    part = AnomalyScoring(scales=2, position_correction=1)
+    part.calibrate(training)
+    assert part.is_calibrated
+    near = whole.correction_0[2:5, 2:5].flatten()
+    assert (part.correction_0[3, 3] - near[[1, 3, 5, 7]]).abs().min() < 1e-6
+
+
+def test_constants_survive_saving_and_serve_other_sizes(scoring):
+    other = AnomalyScoring(scales=2)
+    other.load_state_dict(scoring.state_dict())
+    torch.testing.assert_close(other(likelihoods(2), (64, 48)), scoring(likelihoods(2), (64, 48)), rtol=0, atol=0)
+    larger = scoring.log_normalizer(0, (31, 23))
+    torch.testing.assert_close(larger[::2, ::2], scoring.log_normalizer(0, SIZES[0]))
+
+
+@pytest.mark.parametrize("setting", [{"sigma": -1}, {"top_fraction": 2}, {"position_correction": float("nan")}])
+def test_impossible_settings_are_refused(setting):
+    with pytest.raises(CflowError, match=next(iter(setting))):
+        AnomalyScoring(1, **setting)

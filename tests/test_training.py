@@ -88,8 +88,9 @@ def test_constants_depend_on_training_images_alone(tmp_path, textures):
 def test_constants_are_the_quantile_over_training_features(trained, textures):
     with torch.no_grad():
         parts = [trained.model.log_likelihoods(trained.pre_processor(b.image)) for b in textures.train_dataloader()]
-    for scale, constant in enumerate(trained.model.scoring.log_maximum):
-        values = torch.cat([part[scale].flatten() for part in parts])
+    scoring = trained.model.scoring
+    for scale, constant in enumerate(scoring.log_maximum):
+        values = torch.cat([part[scale] for part in parts]) - getattr(scoring, f"correction_{scale}")
         torch.testing.assert_close(constant, values.quantile(0.999), rtol=0, atol=0.02)
 
 
@@ -294,6 +295,6 @@ def test_real_images_with_real_weights(tmp_path):
     )
     data = MVTecAD(root=SHARED / "data", category="cookies", num_workers=0)
     [metrics] = make_engine(tmp_path).train(model, datamodule=data)
-    assert metrics["image_AUROC"] > 0.98
-    assert metrics["pixel_AUROC"] > 0.945
-    assert metrics["pixel_AUPRO"] > 0.83
+    assert metrics["image_AUROC"] >= 0.99
+    assert metrics["pixel_AUROC"] >= 0.95
+    assert metrics["pixel_AUPRO"] >= 0.835
