@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -35,7 +36,8 @@ def measure(
 
     Args:
         name: ``CflowPlugin``, ``Cflow`` or ``Padim``.
-        settings: Arguments of the model beyond backbone and layers.
+        settings: Arguments of the model where they differ from ResNet-18 with two layers and the given weights, and
+            the trainer's ``precision``.
         epochs: Number of epochs; ``None`` takes the model's own.
         data: Root of the data.
         category: Category.
@@ -44,7 +46,7 @@ def measure(
         output: Folder for what training writes.
 
     Returns:
-        Seconds of ``fit``, peak resident memory in MiB after it, and the metrics.
+        Seconds of ``fit``, peak resident memory in MiB after it, the metrics, and what training logged last.
     """
     from anomalib.data import MVTecAD
     from anomalib.engine import Engine
@@ -55,9 +57,10 @@ def measure(
     from cflow_plugin.evaluation import CflowEvaluator
 
     seed_everything(seed, verbose=False)
+    settings = {"backbone": "resnet18", "layers": ["layer2", "layer3"], **settings}
+    precision = settings.pop("precision", "32")
     source = {"weights": str(weights)} if name == "CflowPlugin" else {"pre_trained": False}
-    layers = ["layer2", "layer3"]
-    model = get_model(name, backbone="resnet18", layers=layers, evaluator=CflowEvaluator(), **source, **settings)
+    model = get_model(name, evaluator=CflowEvaluator(), **{**source, **settings})
     model.visualizer = None
     if name != "CflowPlugin":
         encoder = model.model.encoder if name == "Cflow" else model.model.feature_extractor
@@ -70,15 +73,34 @@ def measure(
             message = f"{weights} lacks {', '.join(missing[:3])}."
             raise ValueError(message)
     datamodule = MVTecAD(root=data, category=category, num_workers=0)
-    trainer = {"accelerator": "cpu", "limit_val_batches": 0, "logger": False, "enable_progress_bar": False}
+    trainer = {"accelerator": "cpu", "precision": precision, "limit_val_batches": 0, "logger": False}
+    trainer["enable_progress_bar"] = False
     length = {} if epochs is None else {"max_epochs": epochs}
     engine = Engine(default_root_dir=output, enable_model_summary=False, **trainer, **length)
     start = time.perf_counter()
     engine.fit(model, datamodule=datamodule)
     seconds = time.perf_counter() - start
+    logged = {key: value.item() for key, value in engine.trainer.callback_metrics.items()}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
-    return {"seconds": seconds, "peak_memory_mib": memory, **{metric: metrics[metric] for metric in METRICS}}
+    return {"seconds": seconds, "peak_memory_mib": memory, **{metric: metrics[metric] for metric in METRICS}, **logged}
+
+
+def in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
+    """Call a function in a fresh process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def describe_machine() -> dict:
+    """What figures depend on beside the code."""
+    packages = ("anomalib", "cflow-plugin", "lightning", "torch")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def main(
@@ -112,12 +134,9 @@ def main(
         plan += [(category, "CflowPlugin, default recipe", "CflowPlugin", {}, None)]
         plan += [(category, "Padim", "Padim", {}, None)]
     found: dict[tuple[str, str], list[dict]] = {}
-    spawn = multiprocessing.get_context("spawn")
     for category, title, name, settings, length in track(plan, description="Training"):
-        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as executor:
-            scratch = output / "runs"
-            job = executor.submit(measure, name, settings, length, data, category, weights, seed, scratch)
-            found.setdefault((category, title), []).append(job.result())
+        run = in_own_process(measure, name, settings, length, data, category, weights, seed, output / "runs")
+        found.setdefault((category, title), []).append(run)
 
     rows = [
         {
@@ -129,11 +148,8 @@ def main(
         for (category, title), runs in found.items()
     ]
     report = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": platform(),
-        "threads": torch.get_num_threads(),
+        **describe_machine(),
         "precision": "float32",
-        "versions": {name: version(name) for name in ("anomalib", "cflow-plugin", "lightning", "torch")},
         "rows": rows,
     }
     table = Table("category", "training", "seconds", "peak MiB", *METRICS, box=box.MARKDOWN)

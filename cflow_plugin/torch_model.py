@@ -3,6 +3,7 @@
 __all__ = ["CflowModel"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from cflow_plugin.encoder import Encoder
 from cflow_plugin.errors import CflowError
 from cflow_plugin.flow import ConditionalFlow, Permutation
+from cflow_plugin.folded import FoldedFlow
 from cflow_plugin.position import positional_encoding_2d
 from cflow_plugin.scoring import AnomalyScoring
 
@@ -61,6 +63,7 @@ class CflowModel(nn.Module):
         )
         self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction)
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
+        self._folded: tuple[object, list[FoldedFlow]] | None = None
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the features whose likelihood the decoders learn.
@@ -92,19 +95,44 @@ class CflowModel(nn.Module):
     def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Log-likelihood per dimension of the features at every scale and position (Eq. 8 divided by D).
 
+        In eval mode the decoders are folded for the size at hand, and gradients do not reach their parameters.
+
         Args:
             images: Normalised images, ``(B, 3, H, W)``.
 
         Returns:
             For each scale ``(B, H_k, W_k)``, in nats per dimension.
         """
+        pyramid = self.pyramid(images)
+        if not self.training:
+            sizes = [tuple(int(length) for length in features.shape[-2:]) for features in pyramid]
+            return [folded(features) for folded, features in zip(self._fold(sizes), pyramid, strict=True)]
         result = []
-        for decoder, features in zip(self.decoders, self.pyramid(images), strict=True):
+        for decoder, features in zip(self.decoders, pyramid, strict=True):
             height, width = features.shape[-2:]
             vectors = features.flatten(2).transpose(1, 2)
             likelihood = decoder.log_likelihood(vectors, self.condition(height, width, vectors))
             result.append(likelihood.unflatten(1, (height, width)))
         return result
+
+    def _fold(self, sizes: list[tuple[int, int]]) -> list[FoldedFlow]:
+        """The decoders folded for feature maps of these sizes, anew whenever anything they are made of has changed."""
+        state = [*self.decoders.parameters(), *self.decoders.buffers()]
+        # An in-place change raises a tensor's version; another device or dtype makes another tensor.
+        made_of = (sizes, [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in state])  # noqa: SLF001
+        if self._folded is None or self._folded[0] != made_of:
+            folded = [FoldedFlow(decoder, *size) for decoder, size in zip(self.decoders, sizes, strict=True)]
+            self._folded = (made_of, folded)
+        return self._folded[1]
+
+    def train(self, mode: bool = True) -> "CflowModel":
+        """Set the mode, and drop what was folded: fused optimisers change weights without raising their versions."""
+        self._folded = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be computed anew, so that a saved or copied model stays small."""
+        return {**super().__getstate__(), "_folded": None, "_conditions": {}}
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Compute anomaly maps and image scores.

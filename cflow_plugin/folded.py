@@ -1,0 +1,132 @@
+"""A trained decoder rewritten for inference: the same function with everything constant computed beforehand."""
+
+__all__ = ["FoldedFlow"]
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cflow_plugin.flow import ConditionalFlow
+from cflow_plugin.position import positional_encoding_2d
+
+
+class FoldedFlow(nn.Module):
+    r"""Log-likelihoods of one feature map of a fixed size, by fewer operations than :class:`ConditionalFlow`.
+
+    A coupling block maps :math:`x = [x_1, x_2]` to :math:`y = P(\Psi \odot [x_1, x_2 \odot e^{s} + t] + b)`. Walking
+    from the last block to the first, let :math:`z = G \odot y + O` be the affine function of a block's output that the
+    rest of the folded flow works on; at the end :math:`z = u`. Before the permutation and the global affine that is
+
+    .. math:: z_1 = G_1 x_1 + O_1, \qquad z_2 = G_2 (x_2 \odot e^s + t) + O_2 ,
+
+    so on :math:`z` the block is :math:`z_1 \mapsto z_1`, :math:`z_2 \mapsto z_2 \odot e^s + t'` with
+    :math:`t' = G_2 t + O_2` out of rescaled second-layer weights, and :math:`s, t` from :math:`z_1` by rescaled
+    first-layer weights. No global scale or offset is left; they have moved into the linear layers and, for the first
+    block, into the whitening. The condition's part of the first layer is a constant of each position, the logarithms of
+    all scales are one number, and where the halves merely swap no permutation is left either.
+
+    Args:
+        flow: The decoder; it is copied, not referred to.
+        height: Rows of the feature map.
+        width: Columns of the feature map.
+    """
+
+    @torch.no_grad()
+    def __init__(self, flow: ConditionalFlow, height: int, width: int) -> None:
+        super().__init__()
+        whitening, blocks = flow.whitening, list(flow.module_list)[1:]
+        # All constants are computed in float64 and rounded once.
+        kept = whitening.mean
+        gain = torch.ones(len(kept), dtype=torch.float64, device=kept.device)
+        offset = torch.zeros_like(gain)
+        log_det = whitening.log_det.double()
+        folded = []
+        for block in reversed(blocks):
+            scale = 0.1 * functional.softplus(block.global_scale[0].double(), beta=0.5)
+            log_det = log_det + scale.log().sum()
+            inverse = block.permutation.argsort()
+            gain, offset = gain[inverse], offset[inverse]
+            gain, offset = gain * scale, gain * block.global_offset[0].double() + offset
+            folded.insert(0, _FoldedBlock(block, gain, offset, height, width))
+            offset = torch.cat([offset[: block.passive], torch.zeros_like(offset[block.passive :])])
+        self.dimensions = len(kept)
+        weight = gain[:, None] * whitening.matrix.double()
+        bias = offset - weight @ whitening.mean.double()
+        half = whitening.first_half
+        # The first half of the whitened vector is made of the first half of the features alone.
+        self.whitening_first = _linear(weight[:half, :half], bias[:half], kept)
+        self.whitening_second = _linear(weight[half:], bias[half:], kept)
+        self.blocks = nn.ModuleList(folded)
+        self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Compute the log-likelihood per dimension (Eq. 8 divided by D) at each position.
+
+        Args:
+            features: ``(B, D, H, W)`` of the size the flow was folded for.
+
+        Returns:
+            Nats per dimension, ``(B, H, W)``.
+        """
+        size = features.shape[-2:]
+        vectors = features.flatten(2).transpose(1, 2)
+        first = self.whitening_first(vectors[..., : self.whitening_first.in_features])
+        second = self.whitening_second(vectors)
+        total: torch.Tensor | None = None
+        for block in self.blocks:
+            log_scale, second = block(first, second)
+            total = log_scale if total is None else total + log_scale
+            first, second = block.exchange(first, second)
+        energy = total.sum(-1) - 0.5 * (first.square().sum(-1) + second.square().sum(-1))
+        return (energy / self.dimensions + self.constant).unflatten(1, size)
+
+
+class _FoldedBlock(nn.Module):
+    """A coupling block on the folded flow's own coordinates."""
+
+    def __init__(self, block: nn.Module, gain: torch.Tensor, offset: torch.Tensor, height: int, width: int) -> None:
+        super().__init__()
+        like = block.global_scale
+        self.passive, self.active, self.clamp = block.passive, block.active, block.clamp
+        first, _, second = block.subnet
+        weight, bias = first.weight.double(), first.bias.double()
+        from_state = weight[:, : self.passive] / gain[: self.passive]
+        bias = bias - from_state @ offset[: self.passive]
+        if block.condition_dims:
+            condition = positional_encoding_2d(block.condition_dims, height, width).to(weight)
+            bias = condition @ weight[:, self.passive :].T + bias
+        self.first = _linear(from_state, None, like)
+        # One row a position, or one for all in an unconditional flow.
+        self.register_buffer("position", bias.to(like).clone())
+        weight, bias = 0.1 * second.weight.double(), 0.1 * second.bias.double()
+        weight[self.active :] *= gain[self.passive :, None]
+        bias[self.active :] = bias[self.active :] * gain[self.passive :] + offset[self.passive :]
+        self.second = _linear(weight, bias, like)
+        self.swaps = block.swaps and self.passive == self.active
+        self.permutation: torch.Tensor | None
+        self.register_buffer("permutation", None if self.swaps else block.permutation.clone())
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform the active half; return its log-scale and itself, both ``(B, P, active)``."""
+        hidden = functional.relu(self.first(first) + self.position)
+        coefficients = self.second(hidden)
+        log_scale = self.clamp * torch.tanh(coefficients[..., : self.active])
+        return log_scale, second * torch.exp(log_scale) + coefficients[..., self.active :]
+
+    def exchange(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the halves the roles they have in the next block."""
+        if self.swaps:
+            return second, first
+        y = torch.cat([first, second], -1).index_select(-1, self.permutation)
+        return y.split([self.passive, self.active], dim=-1)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:
+    """A linear layer with these constants, in the dtype and on the device of the decoder's own."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(like), requires_grad=False)
+    return layer
