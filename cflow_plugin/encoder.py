@@ -14,6 +14,7 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from torch import fx, nn
+from torch.nn import functional
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from cflow_plugin.errors import CflowError
@@ -70,12 +71,14 @@ class Encoder(nn.Module):
     Args:
         backbone: Name of a timm model, or ``gabor`` for a fixed filter bank that needs no weights.
         layers: Names of the layers to take features from, fine to coarse. ``None`` takes the paper's three.
+        neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
 
     Attributes:
         channels: Length D_k of a feature vector of each layer.
 
     Raises:
-        CflowError: If backbone or layer is unknown, or a layer's output is not a feature map.
+        CflowError: If backbone or layer is unknown, a layer's output is not a feature map, or ``neighbourhood`` is not
+            odd.
 
     Example:
         >>> encoder = Encoder("resnet18", ["layer2", "layer3"])
@@ -83,9 +86,13 @@ class Encoder(nn.Module):
         [(1, 128, 8, 8), (1, 256, 4, 4)]
     """
 
-    def __init__(self, backbone: str, layers: Sequence[str] | None = None) -> None:
+    def __init__(self, backbone: str, layers: Sequence[str] | None = None, neighbourhood: int = 1) -> None:
         super().__init__()
+        if neighbourhood < 1 or neighbourhood % 2 == 0:
+            msg = f"neighbourhood must be a positive odd number of cells, got {neighbourhood}."
+            raise CflowError(msg)
         self.backbone = backbone
+        self.neighbourhood = neighbourhood
         if backbone == "gabor":
             self._build_filter_bank(layers)
             return
@@ -155,7 +162,11 @@ class Encoder(nn.Module):
             One feature map ``(B, D_k, H_k, W_k)`` for each layer, in the order of ``layers``.
         """
         features = self.network(images)
-        return [features[layer] for layer in self.layers]
+        pyramid = [features[layer] for layer in self.layers]
+        if self.neighbourhood == 1:
+            return pyramid
+        size = self.neighbourhood
+        return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
 
     def load_pretrained(self) -> None:
         """Load the ImageNet weights from timm's hub or its local cache.

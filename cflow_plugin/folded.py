@@ -1,15 +1,54 @@
-"""A trained decoder rewritten for inference: the same function with everything constant computed beforehand."""
+"""A trained model rewritten for inference: the same function with everything constant computed beforehand."""
 
-__all__ = ["FoldedFlow"]
+__all__ = ["FoldedFlow", "FoldedModel"]
 
 import math
+from collections.abc import Iterable
 
 import torch
+from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional
 
+from cflow_plugin.encoder import Encoder
 from cflow_plugin.flow import ConditionalFlow
 from cflow_plugin.position import positional_encoding_2d
+from cflow_plugin.scoring import AnomalyScoring
+
+
+class FoldedModel(nn.Module):
+    """From images of a fixed size to anomaly maps and scores, by fewer operations than in training.
+
+    Args:
+        encoder: The encoder.
+        decoders: A decoder for each of its layers; they are copied, not referred to.
+        scoring: The calibrated scoring.
+        size: Height and width of the images.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, encoder: Encoder, decoders: Iterable[ConditionalFlow], scoring: AnomalyScoring, size: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        like = next(encoder.parameters(), next(encoder.buffers()))
+        pyramid = encoder(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+        self.sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
+        self.flows = nn.ModuleList(
+            FoldedFlow(decoder, *map_size) for decoder, map_size in zip(decoders, self.sizes, strict=True)
+        )
+        self.scoring = scoring.folded(self.sizes, size)
+        self.eval()
+
+    def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Compute what :meth:`CflowModel.log_likelihoods` computes."""
+        return [flow(features) for flow, features in zip(self.flows, self.encoder(images), strict=True)]
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Compute what :meth:`CflowModel.forward` computes."""
+        anomaly_map, score = self.scoring(self.log_likelihoods(images))
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 
 class FoldedFlow(nn.Module):
@@ -94,12 +133,22 @@ class _FoldedBlock(nn.Module):
         weight, bias = first.weight.double(), first.bias.double()
         from_state = weight[:, : self.passive] / gain[: self.passive]
         bias = bias - from_state @ offset[: self.passive]
-        if block.condition_dims:
-            condition = positional_encoding_2d(block.condition_dims, height, width).to(weight)
-            bias = condition @ weight[:, self.passive :].T + bias
         self.first = _linear(from_state, None, like)
-        # One row a position, or one for all in an unconditional flow.
-        self.register_buffer("position", bias.to(like).clone())
+        # What the condition adds is a sum of a part for the row and one for the column.
+        rows, columns = weight.new_zeros(height, 1, len(weight)), bias.expand(1, width, -1)
+        if block.condition_dims:
+            half = block.condition_dims // 2
+            condition = positional_encoding_2d(block.condition_dims, height, width).to(weight)
+            condition = condition.unflatten(0, (height, width))
+            from_columns, from_rows = weight[:, self.passive :].split(half, dim=1)
+            columns = columns + condition[:1, :, :half] @ from_columns.T
+            rows = rows + condition[:, :1, half:] @ from_rows.T
+        self.rows: torch.Tensor
+        self.columns: torch.Tensor
+        self.position: torch.Tensor
+        self.register_buffer("rows", rows.to(like))
+        self.register_buffer("columns", columns.to(like).contiguous())
+        self.register_buffer("position", (rows + columns).flatten(0, 1).to(like))
         weight, bias = 0.1 * second.weight.double(), 0.1 * second.bias.double()
         weight[self.active :] *= gain[self.passive :, None]
         bias[self.active :] = bias[self.active :] * gain[self.passive :] + offset[self.passive :]
@@ -110,7 +159,9 @@ class _FoldedBlock(nn.Module):
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform the active half; return its log-scale and itself, both ``(B, P, active)``."""
-        hidden = functional.relu(self.first(first) + self.position)
+        # A file keeps the two parts, which are small; whatever runs it adds them up when it loads the file.
+        position = (self.rows + self.columns).flatten(0, 1) if torch.compiler.is_exporting() else self.position
+        hidden = functional.relu(self.first(first) + position)
         coefficients = self.second(hidden)
         log_scale = self.clamp * torch.tanh(coefficients[..., : self.active])
         return log_scale, second * torch.exp(log_scale) + coefficients[..., self.active :]

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
-from anomalib.data import Batch
-from anomalib.metrics import Evaluator
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.metrics import Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
 from cflow_plugin.errors import CflowError
@@ -186,6 +190,11 @@ class CflowPlugin(AnomalibModule):
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
         return {"num_sanity_val_steps": 0}
 
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize and normalise."""
+        return CflowPreProcessor(super().configure_pre_processor(image_size).transform)
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Image AUROC and F1, pixel AUROC, AUPRO and F1."""
@@ -274,7 +283,7 @@ class CflowPlugin(AnomalibModule):
             pixels = batch.image.to(self.device)
             if self.pre_processor:
                 pixels = self.pre_processor(pixels)
-            pyramid = self.model.pyramid(pixels)
+            pyramid = self.model.encoder(pixels)
             if bank is None:
                 bank = FeatureBank([tuple(part.shape[-2:]) for part in pyramid], generator)
             bank.add(pyramid, images_expected=len(images.dataset))
@@ -396,6 +405,118 @@ class CflowPlugin(AnomalibModule):
         """Score a batch of validation images."""
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
+
+    # Export
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, with the decoders folded.
+
+        Args:
+            export_root: Folder; the file lies in ``weights/onnx`` below it.
+            model_file_name: Name of the file without its suffix.
+            input_size: Height and width of the images; ``None`` takes images of any size.
+            **kwargs: More arguments of :func:`torch.onnx.export`.
+
+        Returns:
+            The file's path.
+        """
+        from cflow_plugin.export import InferenceGraph
+
+        self._check_exportable()
+        # What the exporter writes by itself; an older version would be asked of it in vain.
+        kwargs = {"opset_version": 18, "verbose": False, **kwargs}
+        return InferenceGraph(self, input_size).to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Export to OpenVINO, with the decoders folded.
+
+        Args:
+            export_root: Folder; the files lie in ``weights/openvino`` below it.
+            model_file_name: Name of the files without suffix.
+            input_size: Height and width of the images; ``None`` takes images of any size.
+            compression_type: ``FP16`` halves the file, ``INT8`` quarters the weights in it, ``INT8_PTQ`` also computes
+                in 8 bits, ``INT8_ACQ`` does so only as far as ``metric`` allows.
+            datamodule: Its training images calibrate INT8_PTQ and INT8_ACQ; its validation images measure ``metric``.
+            metric: anomalib metric for INT8_ACQ; by default the image F1 score.
+            task: Ignored; results are images' and pixels' alike.
+            max_drop: How much of the metric INT8_ACQ may lose.
+            ov_kwargs: More arguments of :func:`openvino.convert_model`.
+            onnx_kwargs: Ignored; nothing goes through ONNX.
+
+        Returns:
+            The .xml file's path.
+
+        Raises:
+            CflowError: If the model is not trained, or data are needed and not given.
+        """
+        import openvino
+
+        from cflow_plugin.export import (
+            TrainingImages,
+            convert_to_openvino,
+            quantize,
+            quantize_with_accuracy_control,
+        )
+
+        del task, onnx_kwargs
+        self._check_exportable()
+        kind = None if compression_type is None else CompressionType(compression_type)
+        calibrated = kind in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}
+        if calibrated and datamodule is None:
+            msg = f"{kind.value} is calibrated on training images: pass the data the model was trained on with --data."
+            raise CflowError(msg)
+        model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
+        if kind == CompressionType.INT8:
+            import nncf
+
+            model = nncf.compress_weights(model)
+        elif calibrated:
+            images = TrainingImages(datamodule, input_size)
+            logger.info("Calibrating INT8 on %d training images.", len(images))
+            if kind == CompressionType.INT8_PTQ:
+                model = quantize(model, images)
+            else:
+                metric = metric or F1Score(fields=["pred_label", "gt_label"])
+                model = quantize_with_accuracy_control(model, images, datamodule.val_dataloader(), metric, max_drop)
+        path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
+        # What INT8 leaves in full precision is constants that FP16 keeps well enough.
+        openvino.save_model(model, path, compress_to_fp16=kind in {CompressionType.FP16, CompressionType.INT8_PTQ})
+        return path
+
+    def _check_exportable(self) -> None:
+        if not self.model.scoring.is_calibrated:
+            msg = "Only a trained model can be exported: pass the checkpoint that training wrote with --ckpt_path."
+            raise CflowError(msg)
+
+
+class CflowPreProcessor(PreProcessor):
+    """anomalib's pre-processing, done the same way wherever a model is used.
+
+    anomalib's own leaves the smoothing of a reduction out behind training and testing, so that an image gets another
+    score from its inferencers than from its engine.
+    """
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Transform images ``(B, 3, H, W)``."""
+        return self.transform(batch) if self.transform else batch
 
 
 class _Steps:

@@ -1,6 +1,6 @@
 """From log-likelihoods to an anomaly map and an image score (end of section 4.2)."""
 
-__all__ = ["AnomalyScoring"]
+__all__ = ["AnomalyScoring", "FoldedScoring"]
 
 from collections.abc import Sequence
 from typing import Any
@@ -103,6 +103,20 @@ class AnomalyScoring(nn.Module):
             correction = functional.interpolate(correction[None, None], size, mode="bilinear", align_corners=True)[0, 0]
         return correction + self.log_maximum[scale]
 
+    def folded(self, sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> "FoldedScoring":
+        """The scoring for feature maps and images of fixed sizes.
+
+        Args:
+            sizes: Height and width of each scale's feature map.
+            size: Height and width of the anomaly map.
+        """
+        return FoldedScoring(
+            [self.log_normalizer(scale, map_size) for scale, map_size in enumerate(sizes)],
+            size,
+            self.sigma,
+            self.top_fraction,
+        )
+
     def forward(
         self, log_likelihoods: Sequence[torch.Tensor], size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,13 +130,40 @@ class AnomalyScoring(nn.Module):
             The maps, ``(B, 1, H, W)``, between 0 (as likely as the likeliest training features) and K, and the image
             scores, ``(B,)``.
         """
+        sizes = [(values.shape[-2], values.shape[-1]) for values in log_likelihoods]
+        return self.folded(sizes, size)(log_likelihoods)
+
+
+class FoldedScoring(nn.Module):
+    """The scoring with all its constants computed for fixed sizes.
+
+    Args:
+        log_normalizers: For each scale ``(H_k, W_k)``, in nats per dimension.
+        size: Height and width of the anomaly map.
+        sigma: See :class:`AnomalyScoring`.
+        top_fraction: See :class:`AnomalyScoring`.
+    """
+
+    def __init__(
+        self, log_normalizers: Sequence[torch.Tensor], size: tuple[int, int], sigma: float, top_fraction: float
+    ) -> None:
+        super().__init__()
+        for scale, normalizer in enumerate(log_normalizers):
+            self.register_buffer(f"normalizer_{scale}", normalizer)
+            self.register_buffer(
+                f"rows_{scale}", _upsampling_matrix(normalizer.shape[0], size[0], sigma).to(normalizer)
+            )
+            columns = _upsampling_matrix(normalizer.shape[1], size[1], sigma).T
+            self.register_buffer(f"columns_{scale}", columns.to(normalizer).contiguous())
+        self.top_fraction = top_fraction
+
+    def forward(self, log_likelihoods: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute what :meth:`AnomalyScoring.forward` computes."""
         anomaly_map: torch.Tensor | float = 0.0
         for scale, values in enumerate(log_likelihoods):
-            height, width = (int(length) for length in values.shape[-2:])
-            surprise = 1 - torch.exp(values - self.log_normalizer(scale, (height, width))).clamp(max=1)
-            rows = _upsampling_matrix(height, size[0], self.sigma).to(surprise)
-            columns = _upsampling_matrix(width, size[1], self.sigma).to(surprise)
-            anomaly_map = anomaly_map + rows @ surprise @ columns.T
+            normalizer, rows, columns = (getattr(self, f"{name}_{scale}") for name in ("normalizer", "rows", "columns"))
+            surprise = 1 - torch.exp(values - normalizer).clamp(max=1)
+            anomaly_map = anomaly_map + rows @ surprise @ columns
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:

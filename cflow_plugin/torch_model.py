@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
-from torch.nn import functional
 
 from cflow_plugin.encoder import Encoder
 from cflow_plugin.errors import CflowError
 from cflow_plugin.flow import ConditionalFlow, Permutation
-from cflow_plugin.folded import FoldedFlow
+from cflow_plugin.folded import FoldedModel
 from cflow_plugin.position import positional_encoding_2d
 from cflow_plugin.scoring import AnomalyScoring
 
@@ -34,7 +33,7 @@ class CflowModel(nn.Module):
         position_correction: See :class:`~cflow_plugin.scoring.AnomalyScoring`.
 
     Raises:
-        CflowError: If ``neighbourhood`` is not odd, or the encoder cannot be built.
+        CflowError: If a setting is out of range, or the encoder cannot be built.
     """
 
     def __init__(
@@ -51,41 +50,20 @@ class CflowModel(nn.Module):
         position_correction: float = 0.25,
     ) -> None:
         super().__init__()
-        if neighbourhood < 1 or neighbourhood % 2 == 0:
-            msg = f"neighbourhood must be a positive odd number of cells, got {neighbourhood}."
-            raise CflowError(msg)
-        self.neighbourhood = neighbourhood
         self.condition_dims = condition_dims
-        self.encoder = Encoder(backbone, layers)
+        self.encoder = Encoder(backbone, layers, neighbourhood)
         self.decoders = nn.ModuleList(
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
             for channels in self.encoder.channels
         )
         self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction)
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
-        self._folded: tuple[object, list[FoldedFlow]] | None = None
-
-    def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Extract the features whose likelihood the decoders learn.
-
-        Args:
-            images: Normalised images, ``(B, 3, H, W)``.
-
-        Returns:
-            For each scale ``(B, D_k, H_k, W_k)``.
-        """
-        pyramid = self.encoder(images)
-        if self.neighbourhood == 1:
-            return pyramid
-        size = self.neighbourhood
-        return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
+        self._folded: tuple[object, FoldedModel] | None = None
 
     def condition(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
         """Condition vectors of a feature map, ``(height * width, C)``, on the device and in the dtype of ``like``."""
         if not self.condition_dims:
             return like.new_empty(height * width, 0)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return positional_encoding_2d(self.condition_dims, height, width).to(like)
         table = self._conditions.get((height, width))
         if table is None or table.device != like.device or table.dtype != like.dtype:
             table = positional_encoding_2d(self.condition_dims, height, width).to(like)
@@ -95,34 +73,33 @@ class CflowModel(nn.Module):
     def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Log-likelihood per dimension of the features at every scale and position (Eq. 8 divided by D).
 
-        In eval mode the decoders are folded for the size at hand, and gradients do not reach their parameters.
-
         Args:
             images: Normalised images, ``(B, 3, H, W)``.
 
         Returns:
             For each scale ``(B, H_k, W_k)``, in nats per dimension.
         """
-        pyramid = self.pyramid(images)
         if not self.training:
-            sizes = [tuple(int(length) for length in features.shape[-2:]) for features in pyramid]
-            return [folded(features) for folded, features in zip(self._fold(sizes), pyramid, strict=True)]
+            return self.folded(tuple(images.shape[-2:])).log_likelihoods(images)
         result = []
-        for decoder, features in zip(self.decoders, pyramid, strict=True):
+        for decoder, features in zip(self.decoders, self.encoder(images), strict=True):
             height, width = features.shape[-2:]
             vectors = features.flatten(2).transpose(1, 2)
             likelihood = decoder.log_likelihood(vectors, self.condition(height, width, vectors))
             result.append(likelihood.unflatten(1, (height, width)))
         return result
 
-    def _fold(self, sizes: list[tuple[int, int]]) -> list[FoldedFlow]:
-        """The decoders folded for feature maps of these sizes, anew whenever anything they are made of has changed."""
-        state = [*self.decoders.parameters(), *self.decoders.buffers()]
+    def folded(self, size: tuple[int, int]) -> FoldedModel:
+        """The model in its form for inference, made anew whenever anything it is made of has changed.
+
+        Args:
+            size: Height and width of the images.
+        """
         # An in-place change raises a tensor's version; another device or dtype makes another tensor.
-        made_of = (sizes, [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in state])  # noqa: SLF001
+        state = [*self.parameters(), *self.buffers()]
+        made_of = (size, [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in state])  # noqa: SLF001
         if self._folded is None or self._folded[0] != made_of:
-            folded = [FoldedFlow(decoder, *size) for decoder, size in zip(self.decoders, sizes, strict=True)]
-            self._folded = (made_of, folded)
+            self._folded = (made_of, FoldedModel(self.encoder, self.decoders, self.scoring, size))
         return self._folded[1]
 
     def train(self, mode: bool = True) -> "CflowModel":
@@ -135,7 +112,7 @@ class CflowModel(nn.Module):
         return {**super().__getstate__(), "_folded": None, "_conditions": {}}
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
-        """Compute anomaly maps and image scores.
+        """Compute anomaly maps and image scores. In eval mode no gradient reaches the parameters.
 
         Args:
             images: Normalised images, ``(B, 3, H, W)``.
@@ -146,13 +123,14 @@ class CflowModel(nn.Module):
         Raises:
             CflowError: If the model has not been trained.
         """
-        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        if not exporting and not self.scoring.is_calibrated:
+        if not self.scoring.is_calibrated:
             msg = (
                 "This model has not been trained. Run `anomalib train` first and pass the checkpoint it writes with "
                 "--ckpt_path."
             )
             raise CflowError(msg)
         height, width = images.shape[-2:]
-        anomaly_map, score = self.scoring(self.log_likelihoods(images), (int(height), int(width)))
+        if not self.training:
+            return self.folded((height, width))(images)
+        anomaly_map, score = self.scoring(self.log_likelihoods(images), (height, width))
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)

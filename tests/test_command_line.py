@@ -12,7 +12,8 @@ from cflow_plugin.encoder import BACKBONES
 
 from .conftest import ROOT, run_command
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+BENCHMARKS = sorted((ROOT / "configs/benchmark").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(BENCHMARKS))
 MVTEC_AD_SIZES = {"transistor": 128} | dict.fromkeys(("cable", "capsule", "hazelnut", "metal_nut", "pill"), 256)
 FEW = ["--data.resolution", "64", "--data.train_good", "6", "--data.test_good", "2", "--data.test_defect", "1"]
 FEW += ["--data.val_good", "2", "--data.val_defect", "1"]
@@ -52,6 +53,14 @@ def test_every_config_is_understood(parse, path):
                 or hasattr(understood, "class_path")
                 or str(understood) in (str(value), str(Path(str(value))))
             )
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=name_of)
+def test_every_config_of_a_benchmark_is_understood(path, tmp_path):
+    out = run_command("cflow-plugin", "benchmark", "--config", path, "--print_config", cwd=tmp_path)
+    understood = yaml.safe_load(out)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert understood[key] == value
 
 
 def test_a_config_for_each_category_at_the_paper_s_resolution(parse):

@@ -157,3 +157,15 @@ def test_real_weights_tell_images_apart():
     assert all(torch.isfinite(features).all() for features in encoder(torch.randn(2, 3, 64, 64)))
     with pytest.raises(CflowError, match="layer4"):
         Encoder("resnet18").load_file(file)
+
+
+def test_features_are_averaged_over_the_neighbourhood():
+    images = torch.randn(1, 3, 64, 64)
+    raw, averaged = Encoder("gabor")(images)[0], Encoder("gabor", neighbourhood=3)(images)[0]
+    torch.testing.assert_close(averaged[..., 3, 4], raw[..., 2:5, 3:6].mean((-2, -1)))
+    torch.testing.assert_close(averaged[..., 0, 0], raw[..., :2, :2].mean((-2, -1)))
+
+
+def test_an_even_neighbourhood_is_refused():
+    with pytest.raises(CflowError, match="odd"):
+        Encoder("gabor", neighbourhood=2)

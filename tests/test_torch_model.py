@@ -41,7 +41,7 @@ def test_any_size(model, size):
 def test_likelihoods_are_computed_vector_by_vector(model):
     images = torch.randn(2, 3, 64, 64)
     for decoder, features, values in zip(
-        model.decoders, model.pyramid(images), model.log_likelihoods(images), strict=True
+        model.decoders, model.encoder(images), model.log_likelihoods(images), strict=True
     ):
         height, width = features.shape[-2:]
         row, column = 1, width - 1
@@ -50,18 +50,6 @@ def test_likelihoods_are_computed_vector_by_vector(model):
         torch.testing.assert_close(values[1, row, column], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_pyramid_averages_the_neighbourhood(model):
-    images = torch.randn(1, 3, 64, 64)
-    raw, averaged = model.encoder(images)[0], model.pyramid(images)[0]
-    torch.testing.assert_close(averaged[..., 3, 4], raw[..., 2:5, 3:6].mean((-2, -1)))
-    torch.testing.assert_close(averaged[..., 0, 0], raw[..., :2, :2].mean((-2, -1)))
-
-
 def test_an_untrained_model_says_so():
     with pytest.raises(CflowError, match="has not been trained"):
         CflowModel("gabor", ["scale1"])(torch.zeros(1, 3, 64, 64))
-
-
-def test_an_even_neighbourhood_is_refused():
-    with pytest.raises(CflowError, match="odd"):
-        CflowModel("gabor", ["scale1"], neighbourhood=2)

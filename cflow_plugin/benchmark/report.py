@@ -1,0 +1,142 @@
+"""Figures of speed as a table on the screen, and as Markdown, CSV, JSON and a plot."""
+
+__all__ = ["describe_machine", "print_table", "write_report"]
+
+import csv
+import json
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cflow_plugin.benchmark.published import TABLE_6
+
+_COLUMNS = {
+    "model": "model",
+    "backbone": "encoder",
+    "size": "size",
+    "batch": "batch",
+    "runtime": "runtime",
+    "executed": "executed in",
+    "p50_ms": "p50 ms",
+    "p90_ms": "p90 ms",
+    "p99_ms": "p99 ms",
+    "fps": "fps",
+    "fps_throughput": "fps, throughput mode",
+    "file_mb": "file MB",
+    "parameters_mb": "parameters MB",
+    "peak_memory_mb": "peak memory MB",
+    "export_seconds": "export s",
+}
+
+
+def describe_machine(threads: int) -> dict:
+    """What figures depend on beside the code."""
+    versions = {}
+    for package in ("cflow-plugin", "anomalib", "torch", "openvino", "onnxruntime", "nncf"):
+        try:
+            versions[package] = f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "system": platform.platform(),
+        "threads": threads,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def print_table(rows: list[dict], console: Console) -> None:
+    """Show the figures."""
+    console.print(_table(rows, box.SIMPLE_HEAD))
+
+
+def _table(rows: list[dict], style: box.Box) -> Table:
+    table = Table(box=style)
+    for key, title in _COLUMNS.items():
+        table.add_column(title, justify="right" if isinstance(rows[0].get(key), float) else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_format(row.get(key)) for key in _COLUMNS))
+    return table
+
+
+def _format(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """Write ``speed.json``, ``speed.csv``, ``speed.md`` and ``speed.png``.
+
+    Args:
+        report: Machine and rows.
+        folder: Where to; it is made if need be.
+    """
+    rows = report["rows"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
+    with (folder / "speed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["precision", *_COLUMNS, "runs"])
+        writer.writeheader()
+        writer.writerows(rows)
+    machine = report["machine"]
+    with (folder / "speed.md").open("w") as file:
+        console = Console(file=file, width=400)
+        console.print(
+            f"{machine['processor']}, {machine['threads']} threads; {', '.join(machine['versions'].values())}"
+        )
+        console.print()
+        console.print(_table(rows, box.MARKDOWN))
+        console.print("Published (Table 6; PaDiM and SPADE on an Intel i7, the rest on a GTX 1080):\n")
+        console.print(_published())
+        for name, reason in report["left_out"].items():
+            console.print(f"Left out: {name} ({reason}).")
+    _plot(rows).savefig(folder / "speed.png", dpi=150)
+
+
+def _published() -> Table:
+    table = Table("model", "encoder", "fps at 256", "fps at 512", "size MB", box=box.MARKDOWN)
+    for row in TABLE_6:
+        figures = (row.fps_256, row.fps_512, row.size_mb)
+        table.add_row(row.model, row.backbone, *("" if figure is None else f"{figure:g}" for figure in figures))
+    return table
+
+
+def _plot(rows: list[dict]) -> Figure:
+    """Speed against size on disk (in parameters where there is no file), the paper's figures among them."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        name = f"{row['model']}, {row['runtime']} {row['precision']}, {row['size']}², batch {row['batch']}"
+        size = row.get("file_mb") or row["parameters_mb"]
+        series.setdefault(name, []).append((size, row["fps"], row["backbone"]))
+    measured = {row["backbone"] for row in rows}
+    for row in TABLE_6:
+        if row.backbone in measured and row.fps_256 and row.size_mb:
+            series.setdefault(f"{row.model}, published", []).append((row.size_mb, row.fps_256, row.backbone))
+    for name, points in series.items():
+        sizes, speeds, backbones = zip(*sorted(points), strict=True)
+        axes.plot(sizes, speeds, "x--" if name.endswith("published") else "o-", label=name)
+        for size, speed, backbone in zip(sizes, speeds, backbones, strict=True):
+            axes.annotate(backbone, (size, speed), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="size, MB", ylabel="images a second")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize=6)
+    return figure

@@ -1,0 +1,64 @@
+import csv
+import json
+
+import pytest
+import yaml
+
+from cflow_plugin.benchmark.candidates import Candidate, build_model, unavailable
+
+from .conftest import run_command
+
+
+@pytest.mark.long
+def test_the_command(tmp_path):
+    config = {
+        "models": ["CflowPlugin", "encoder"],
+        "backbones": ["gabor"],
+        "sizes": [64],
+        "runtimes": ["torch", "openvino", "onnxruntime", "openvino-gpu"],
+        "precisions": ["f32", "int8"],
+        "rounds": 2,
+        "seconds": 0.05,
+    }
+    (tmp_path / "speed.yaml").write_text(yaml.safe_dump(config))
+    out = run_command("cflow-plugin", "benchmark", "--config", "speed.yaml", "--output", "out", cwd=tmp_path)
+    report = json.loads((tmp_path / "out/speed.json").read_text())
+    timed = {(row["model"], row["runtime"], row["precision"]) for row in report["rows"]}
+    runs = [("torch", "f32"), ("openvino", "f32"), ("openvino", "int8"), ("onnxruntime", "f32")]
+    assert timed == {(model, *run) for model in ("CflowPlugin", "encoder") for run in runs}
+    for row in report["rows"]:
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["peak_memory_mb"] > 50
+        assert row["runs"] >= 6
+        assert ("file_mb" in row) == (row["runtime"] != "torch")
+        assert (row["fps_throughput"] is not None) == (row["runtime"] == "openvino")
+        if row["precision"] == "int8":
+            assert "8" in row["executed"]
+    with (tmp_path / "out/speed.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(report["rows"])
+    text = (tmp_path / "out/speed.md").read_text()
+    assert report["machine"]["processor"] in text
+    assert "947" in text  # the published size of CFLOW-AD with wide_resnet50_2
+    assert (tmp_path / "out/speed.png").stat().st_size > 1000
+    if "CflowPlugin gabor 64 1 openvino-gpu f32" in report["left_out"]:
+        assert "OpenVINO sees no GPU" in out
+
+
+@pytest.mark.parametrize("model", ["CflowPlugin", "Cflow", "Padim"])
+def test_models_are_what_anomalib_trains(model):
+    assert build_model(model, "resnet18", 64).__class__.__name__ == model
+
+
+def test_what_is_not_there_is_named():
+    assert "INT8" in unavailable(Candidate("Padim", "resnet18", 64, 1, "openvino", "int8"))
+    assert "f16" in unavailable(Candidate("encoder", "resnet18", 64, 1, "torch", "f16"))
+
+
+def test_help_and_errors(tmp_path):
+    out = run_command("cflow-plugin", "--help", cwd=tmp_path)
+    assert "benchmark" in out
+    assert "watch" in out
+    out = run_command("cflow-plugin", "benchmark", "--help", cwd=tmp_path)
+    assert "Devices that are not there are named" in " ".join(out.split())
+    out = run_command("cflow-plugin", "watch", "--model", "no.xml", "--source", ".", cwd=tmp_path, expect=1)
+    assert out.strip().splitlines()[-1].startswith("error: There is no exported model")

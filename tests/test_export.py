@@ -1,0 +1,213 @@
+import numpy as np
+import onnxruntime
+import openvino as ov
+import pytest
+import torch
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
+from PIL import Image
+
+from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.export import InferenceGraph, TrainingImages, convert_to_openvino
+
+from .conftest import QUICK, make_engine, run_command
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def images_of(size, count=3):
+    generator = torch.Generator().manual_seed(size[0] + size[1])
+    coarse = torch.rand(count, 3, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1)
+
+
+@torch.no_grad()
+def assert_agrees(results, model, images, tolerance=1e-4):
+    expected = model(images)
+    for name in ("anomaly_map", "pred_score"):
+        found = torch.as_tensor(np.asarray(results[name]))
+        torch.testing.assert_close(found, getattr(expected, name), rtol=0, atol=tolerance)
+    assert np.array_equal(results["pred_label"], expected.pred_label.numpy())
+    differing = np.asarray(results["pred_mask"]) != expected.pred_mask.numpy()
+    # Where a value lies at the threshold to the last digits, either side is right.
+    near = (expected.anomaly_map - model.post_processor.normalized_pixel_threshold).abs().numpy() < tolerance
+    assert not differing[~near].any()
+
+
+def run_openvino(path, images):
+    compiled = ov.Core().compile_model(path, "CPU", F32)
+    results = compiled(images.numpy())
+    return {name: results[name] for name in ("anomaly_map", "pred_score", "pred_label", "pred_mask")}
+
+
+@pytest.mark.parametrize("input_size", [(64, 64), (96, 160), None], ids=str)
+def test_openvino(trained, tmp_path, input_size):
+    path = trained.to_openvino(tmp_path, input_size=input_size)
+    for size in [input_size] if input_size else [(64, 64), (200, 75), (33, 310)]:
+        for count in (1, 3):
+            assert_agrees(run_openvino(path, images_of(size, count)), trained, images_of(size, count))
+
+
+def test_a_fixed_batch(trained, tmp_path):
+    path = trained.to_openvino(tmp_path, input_size=(64, 64), ov_kwargs={"input": [1, 3, 64, 64]})
+    model = ov.Core().read_model(path)
+    assert model.input(0).partial_shape.is_static
+    assert_agrees(run_openvino(path, images_of((64, 64), 1)), trained, images_of((64, 64), 1))
+
+
+@pytest.mark.parametrize("input_size", [(64, 64), (96, 160), None], ids=str)
+def test_onnx(trained, tmp_path, input_size):
+    path = trained.to_onnx(tmp_path, input_size=input_size)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    for size in [input_size] if input_size else [(64, 64), (200, 75), (33, 310)]:
+        for count in (1, 3):
+            images = images_of(size, count)
+            results = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
+            assert_agrees(results, trained, images)
+
+
+def test_anomalib_s_inferencers(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    picture = (images_of((150, 120), 1)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    inferencers = [
+        OpenVINOInferencer(trained.to_openvino(tmp_path), "CPU", F32),
+        OpenVINOInferencer(trained.to_onnx(tmp_path), "CPU", F32),
+        TorchInferencer(trained.to_torch(tmp_path), "cpu"),
+    ]
+    for inferencer in inferencers:
+        prediction = inferencer.predict(tmp_path / "picture.png")
+        names = ("anomaly_map", "pred_score", "pred_label", "pred_mask")
+        found = {name: np.asarray(getattr(prediction, name)) for name in names}
+        with torch.no_grad():
+            expected = trained(image)
+        for name in names:
+            assert np.allclose(found[name].squeeze(), getattr(expected, name).numpy().squeeze(), atol=1e-4), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [(64, 64), (64, 1024), (300, 200), (1024, 1024)], ids=str)
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_large_100"])
+def test_any_size(tmp_path, backbone, size):
+    torch.manual_seed(0)
+    model = CflowPlugin(backbone=backbone, pre_trained=False, image_size=size, coupling_blocks=2).eval()
+    with torch.no_grad():
+        model.model.scoring.calibrate(model.model.log_likelihoods(torch.randn(2, 3, *size)))
+    path = model.to_openvino(tmp_path, input_size=size)
+    assert_agrees(run_openvino(path, images_of(size, 1)), model, images_of(size, 1))
+
+
+def test_the_log_determinant_survives(trained):
+    """A converter that drops an option of softplus shifts every likelihood; the map alone would hide it."""
+    inference = InferenceGraph(trained, (64, 64)).model
+
+    class LogLikelihoods(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = inference
+
+        def forward(self, images):
+            return tuple(self.model.log_likelihoods(images))
+
+    images = torch.randn(2, 3, 64, 64)
+    converted = ov.convert_model(torch.export.export(LogLikelihoods(), (images,), strict=False))
+    results = ov.compile_model(converted, "CPU", F32)(images.numpy())
+    with torch.no_grad():
+        expected = trained.model.train().log_likelihoods(images)
+    trained.eval()
+    for index, values in enumerate(expected):
+        np.testing.assert_allclose(results[index], values.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_files_are_small(trained, tmp_path):
+    sizes = {}
+    for kind in (None, CompressionType.FP16, CompressionType.INT8):
+        path = trained.to_openvino(tmp_path / str(kind), input_size=(64, 64), compression_type=kind)
+        sizes[kind] = path.with_suffix(".bin").stat().st_size
+    # The condition's weights are not needed, nor is a constant for each position.
+    weights = sum(parameter.numel() for parameter in trained.model.decoders.parameters())
+    others = sum(buffer.numel() for buffer in trained.model.decoders.buffers())
+    encoder = sum(tensor.numel() for tensor in trained.model.encoder.state_dict().values())
+    assert sizes[None] < 4 * (weights + others + encoder)
+    assert sizes[CompressionType.FP16] < 0.55 * sizes[None]
+    assert sizes[CompressionType.INT8] < 0.5 * sizes[None]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_int8(trained, textures, tmp_path, kind):
+    path = trained.to_openvino(tmp_path, input_size=(64, 64), compression_type=kind, datamodule=textures)
+    model = ov.Core().read_model(path)
+    assert any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
+    images = torch.stack([item.image for item in textures.test_data])
+    found = run_openvino(path, images)["anomaly_map"]
+    with torch.no_grad():
+        expected = trained(images).anomaly_map.numpy()
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.98
+
+
+def test_int8_is_calibrated_on_training_images_alone(textures):
+    images = TrainingImages(textures, (64, 96), limit=4)
+    assert len(images) == 4
+    found = [image for _ in range(2) for image in images]  # and can be gone through again
+    assert {image.shape for image in found} == {(1, 3, 64, 96)}
+    assert np.array_equal(found[0], found[4])
+    paths = {str(textures.train_data.samples.image_path[index]) for index in images.indices}
+    assert all("/train/good/" in path for path in paths)
+    unlimited = TrainingImages(textures)
+    assert len(unlimited) == len(textures.train_data)
+
+
+def test_what_cannot_be_exported_is_refused(trained, tmp_path):
+    with pytest.raises(CflowError, match="trained model"):
+        CflowPlugin(**QUICK).to_openvino(tmp_path)
+    with pytest.raises(CflowError, match="trained model"):
+        CflowPlugin(**QUICK).to_onnx(tmp_path)
+    with pytest.raises(CflowError, match="--data"):
+        trained.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_thresholds(textures, tmp_path):
+    model = CflowPlugin(**QUICK, epochs=1, steps_per_epoch=1)
+    make_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=textures)
+    assert torch.isnan(model.eval().post_processor.image_min)
+    path = model.to_openvino(
+        tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8_PTQ, datamodule=textures
+    )
+    assert np.isfinite(run_openvino(path, images_of((64, 64)))["anomaly_map"]).all()
+    assert_agrees(run_openvino(model.to_openvino(tmp_path), images_of((90, 64))), model, images_of((90, 64)))
+
+
+def test_exporting_leaves_the_model_alone(trained, tmp_path):
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    trained.to_openvino(tmp_path, input_size=(64, 64))
+    trained.to_onnx(tmp_path, input_size=(64, 64))
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    converted = convert_to_openvino(trained.train(), (64, 64))
+    assert trained.training
+    trained.eval()
+    results = ov.compile_model(converted, "CPU", F32)(images_of((64, 64)).numpy())
+    assert_agrees({name: results[name] for name in ("anomaly_map", "pred_score", "pred_label", "pred_mask")},
+                  trained, images_of((64, 64)))  # fmt: skip
+
+
+@pytest.mark.long
+def test_the_command_writes_nothing_else(trained, tmp_path):
+    engine = make_engine(tmp_path / "trained")
+    engine._setup_trainer(trained)
+    engine.trainer.strategy.connect(trained)
+    checkpoint = tmp_path / "trained" / "model.ckpt"
+    engine.trainer.save_checkpoint(checkpoint)
+    folder = tmp_path / "working"
+    folder.mkdir()
+    run_command(
+        "anomalib", "export", "--model", "CflowPlugin", "--model.backbone", "gabor", "--export_type", "openvino",
+        "--ckpt_path", checkpoint, "--export_root", "exported", "--input_size", "[64, 64]",
+        cwd=folder,
+    )  # fmt: skip
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert written == {"exported/weights/openvino/model.xml", "exported/weights/openvino/model.bin"}
