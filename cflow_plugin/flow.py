@@ -181,10 +181,10 @@ class CouplingBlock(InvertibleModule):
         first, _, second = self.subnet
         if self.condition_dims:
             from_position = functional.linear(torch.cat(list(c), -1), first.weight[:, self.passive :], first.bias)
-            hidden = functional.linear(x1, first.weight[:, : self.passive]) + from_position
+            hidden = functional.linear(x1, first.weight[:, : self.passive]).add_(from_position)
         else:
             hidden = first(x1)
-        coefficients = 0.1 * second(functional.relu(hidden))
+        coefficients = 0.1 * second(hidden.relu_())
         return self.clamp * torch.tanh(coefficients[..., : self.active]), coefficients[..., self.active :]
 
     def forward(
@@ -201,9 +201,12 @@ class CouplingBlock(InvertibleModule):
             return (torch.cat([x1, (x2 - t) * torch.exp(-s)], -1),), -(s.sum(-1) + log_scale)
         x1, x2 = x[0].split([self.passive, self.active], dim=-1)
         s, t = self._coefficients(x1, c)
-        y = torch.cat([x1, x2 * torch.exp(s) + t], -1) * scale + self.global_offset[0]
-        # Slices instead of an index where the permutation allows: their gradient is a copy, an index's a scatter.
-        y = torch.cat([y[..., self.passive :], y[..., : self.passive]], -1) if self.swaps else y[..., self.permutation]
+        scale1, scale2 = scale.split([self.passive, self.active])
+        offset1, offset2 = self.global_offset[0].split([self.passive, self.active])
+        y1 = torch.addcmul(offset1, x1, scale1)
+        y2 = torch.addcmul(offset2, torch.addcmul(t, x2, torch.exp(s)), scale2)
+        # Joined in the other order where the permutation allows: the gradient of an index is a scatter.
+        y = torch.cat([y2, y1], -1) if self.swaps else torch.cat([y1, y2], -1)[..., self.permutation]
         return (y,), s.sum(-1) + log_scale
 
     def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 # The scoring constants are means and quantiles over all positions of this many training images, whose sampling error is
 # far below their effect. A model still in training makes do with fewer: they serve if the run is cut off there.
 _CALIBRATION_IMAGES = 128
-_INTERIM_CALIBRATION_IMAGES = 16
+_INTERIM_CALIBRATION_IMAGES = 4
 _LIGHTNING_DEFAULT_EPOCHS = 1000
 
 

@@ -24,8 +24,9 @@ class AnomalyScoring(nn.Module):
     For each scale :math:`k` and position :math:`i`, :math:`p_i^k = \min(1, e^{\ell_i^k - e_i^k - m_k})` with
     :math:`\ell` the log-likelihood per dimension, :math:`e_i` a correction of what is usual at the position, and
     :math:`m_k` the upper quantile of :math:`\ell - e` over *training* features; the map is
-    :math:`S = K - \sum_k b(p^k)` with :math:`b` bilinear upsampling and Gaussian smoothing. The constants
-    :math:`e`, :math:`m` and :math:`K` do not depend on what else is in a batch, so neither does any score.
+    :math:`S = 1 - \frac{1}{K} \sum_k b(p^k)` with :math:`b` bilinear upsampling and Gaussian smoothing. The constants
+    :math:`e` and :math:`m` do not depend on what else is in a batch, so neither does any score. Dividing by K keeps
+    scores below one: torchmetrics takes larger ones for logits, and changes them batch by batch.
 
     Without :math:`e` the outermost cells, whose features the encoder computes from its zero padding, look anomalous in
     every image. They are corrected by their whole distance to the interior, and each position by the share
@@ -127,7 +128,7 @@ class AnomalyScoring(nn.Module):
             size: Height and width of the map.
 
         Returns:
-            The maps, ``(B, 1, H, W)``, between 0 (as likely as the likeliest training features) and K, and the image
+            The maps, ``(B, 1, H, W)``, between 0 (as likely as the likeliest training features) and 1, and the image
             scores, ``(B,)``.
         """
         sizes = [(values.shape[-2], values.shape[-1]) for values in log_likelihoods]
@@ -150,9 +151,8 @@ class FoldedScoring(nn.Module):
         super().__init__()
         for scale, normalizer in enumerate(log_normalizers):
             self.register_buffer(f"normalizer_{scale}", normalizer)
-            self.register_buffer(
-                f"rows_{scale}", _upsampling_matrix(normalizer.shape[0], size[0], sigma).to(normalizer)
-            )
+            rows = _upsampling_matrix(normalizer.shape[0], size[0], sigma) / len(log_normalizers)
+            self.register_buffer(f"rows_{scale}", rows.to(normalizer))
             columns = _upsampling_matrix(normalizer.shape[1], size[1], sigma).T
             self.register_buffer(f"columns_{scale}", columns.to(normalizer).contiguous())
         self.top_fraction = top_fraction

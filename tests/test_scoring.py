@@ -52,15 +52,15 @@ def test_map_against_the_formula(sigma):
         if sigma:
             blur = {"sigma": (0, sigma, sigma), "mode": "constant", "truncate": 20}
             up = gaussian_filter(up, **blur) / gaussian_filter(np.ones_like(up), **blur)
-        expected += 1 - up
+        expected += (1 - up) / 2
     anomaly_map, _ = scoring(test, size)
     np.testing.assert_allclose(anomaly_map[:, 0].numpy(), expected, atol=1e-5)
 
 
-def test_map_lies_between_zero_and_the_number_of_scales(scoring):
+def test_map_lies_between_zero_and_one(scoring):
     extreme = [torch.full((2, *size), fill) for size, fill in zip(SIZES, (1e4, -1e4), strict=True)]
     anomaly_map, _ = scoring(extreme, (32, 32))
-    torch.testing.assert_close(anomaly_map, torch.ones(2, 1, 32, 32))
+    torch.testing.assert_close(anomaly_map, torch.full((2, 1, 32, 32), 0.5))
 
 
 def test_score_is_the_mean_of_the_highest_values():
@@ -109,8 +109,8 @@ def test_the_border_of_good_parts_is_not_anomalous():
         anomaly_map, _ = scoring(test, SIZES[0])
         inside = anomaly_map[..., 1:-1, 1:-1].mean()
         excess.append((anomaly_map.sum() - anomaly_map[..., 1:-1, 1:-1].sum()) / (20 * 52) - inside)
-    assert excess[0] > 0.2
-    assert abs(excess[1]) < 0.05
+    assert excess[0] > 0.1
+    assert abs(excess[1]) < 0.025
 
 
 def test_positions_not_looked_at_take_their_neighbour_s_correction():
