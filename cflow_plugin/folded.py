@@ -4,10 +4,12 @@ __all__ = ["FoldedFlow", "FoldedModel"]
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 
 import torch
 from anomalib.data import InferenceBatch
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from cflow_plugin.encoder import Encoder
@@ -31,7 +33,7 @@ class FoldedModel(nn.Module):
         self, encoder: Encoder, decoders: Iterable[ConditionalFlow], scoring: AnomalyScoring, size: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = _fold_batch_norm(encoder)
         like = next(encoder.parameters(), next(encoder.buffers()))
         pyramid = encoder(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
         self.sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
@@ -161,10 +163,10 @@ class _FoldedBlock(nn.Module):
         """Transform the active half; return its log-scale and itself, both ``(B, P, active)``."""
         # A file keeps the two parts, which are small; whatever runs it adds them up when it loads the file.
         position = (self.rows + self.columns).flatten(0, 1) if torch.compiler.is_exporting() else self.position
-        hidden = functional.relu(self.first(first) + position)
-        coefficients = self.second(hidden)
-        log_scale = self.clamp * torch.tanh(coefficients[..., : self.active])
-        return log_scale, second * torch.exp(log_scale) + coefficients[..., self.active :]
+        hidden = self.first(first).add_(position).relu_()
+        log_scale, shift = self.second(hidden).split(self.active, dim=-1)
+        log_scale = self.clamp * torch.tanh(log_scale)
+        return log_scale, torch.addcmul(shift, second, torch.exp(log_scale))
 
     def exchange(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the halves the roles they have in the next block."""
@@ -172,6 +174,14 @@ class _FoldedBlock(nn.Module):
             return second, first
         y = torch.cat([first, second], -1).index_select(-1, self.permutation)
         return y.split([self.passive, self.active], dim=-1)
+
+
+def _fold_batch_norm(encoder: Encoder) -> Encoder:
+    """A copy of the encoder whose batch norms, constant in eval mode, are part of the convolutions before them."""
+    folded = deepcopy(encoder)
+    if isinstance(folded.network, fx.GraphModule):
+        folded.network = fuse(folded.network)
+    return folded
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:

@@ -141,6 +141,13 @@ def test_benchmark(tmp_path):
     assert "CflowPlugin" in table.read_text()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_explain_themselves(path, tmp_path):
+    out = run_command("python", path, "--help", cwd=tmp_path)
+    assert f"usage: {path.name}" in out
+    assert "No help" not in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
