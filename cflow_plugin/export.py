@@ -202,15 +202,23 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
 
     Returns:
         The quantized model.
+
+    Raises:
+        CflowError: If NNCF cannot quantize it.
     """
     nncf = _nncf()
-    quantized = nncf.quantize(
-        model,
-        nncf.Dataset(images),
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=sum(1 for _ in images),
-        ignored_scope=_all_but_decoders(model),
-    )
+    try:
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=sum(1 for _ in images),
+            ignored_scope=_all_but_decoders(model),
+        )
+    except nncf.errors.InternalError as error:
+        # Seen with the coarsest scale of the Gabor filter bank.
+        msg = f"NNCF cannot quantize a model with this encoder ({error}) Export it with --compression_type fp16."
+        raise CflowError(msg) from error
     convolutions = _named(quantized, {"Convolution", "GroupConvolution"})
     kept = [*convolutions[: len(convolutions) // 2], *_named(quantized, {"MatMul"})]
     return nncf.compress_weights(

@@ -13,7 +13,7 @@ from .conftest import run_command
 def test_the_command(tmp_path):
     config = {
         "models": ["CflowPlugin", "encoder"],
-        "backbones": ["gabor"],
+        "backbones": ["resnet18"],
         "sizes": [64],
         "runtimes": ["torch", "openvino", "onnxruntime", "openvino-gpu"],
         "precisions": ["f32", "int8"],
@@ -40,7 +40,7 @@ def test_the_command(tmp_path):
     assert report["machine"]["processor"] in text
     assert "947" in text  # the published size of CFLOW-AD with wide_resnet50_2
     assert (tmp_path / "out/speed.png").stat().st_size > 1000
-    if "CflowPlugin gabor 64 1 openvino-gpu f32" in report["left_out"]:
+    if "CflowPlugin resnet18 64 1 openvino-gpu f32" in report["left_out"]:
         assert "OpenVINO sees no GPU" in out
 
 

@@ -1,25 +1,38 @@
 """What can be timed: models, built without training, and the runtimes that execute them."""
 
-__all__ = ["Candidate", "Unavailable", "build_model", "export_model", "load", "unavailable"]
+__all__ = [
+    "Candidate",
+    "Loaded",
+    "Model",
+    "Precision",
+    "Runtime",
+    "Unavailable",
+    "build_model",
+    "export_model",
+    "load",
+    "unavailable",
+]
 
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import openvino as ov
 import torch
+from anomalib.deploy import CompressionType
 from anomalib.models import get_model
 from torch import nn
 
 from cflow_plugin.encoder import BACKBONES, Encoder
 from cflow_plugin.lightning_model import CflowPlugin
 
-MODELS = ("CflowPlugin", "encoder", "Cflow", "Padim")
-RUNTIMES = ("torch", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime")
-PRECISIONS = ("f32", "bf16", "f16", "int8")
+Model = Literal["CflowPlugin", "encoder", "Cflow", "Padim"]
+Runtime = Literal["torch", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime"]
+Precision = Literal["f32", "bf16", "f16", "int8", "int8-bf16"]
 
 
 class Unavailable(RuntimeError):
@@ -35,16 +48,16 @@ class Candidate:
         backbone: timm's name of the encoder.
         size: Height and width of the images.
         batch: Images at once.
-        runtime: One of ``RUNTIMES``.
-        precision: One of ``PRECISIONS``; what was executed in the end is reported with the figures.
+        runtime: What executes it.
+        precision: What is asked for; what was executed in the end is reported with the figures.
     """
 
-    model: str
+    model: Model
     backbone: str
     size: int
     batch: int
-    runtime: str
-    precision: str
+    runtime: Runtime
+    precision: Precision
 
     def __str__(self) -> str:
         """Name it in a line."""
@@ -54,7 +67,17 @@ class Candidate:
     def file_key(self) -> tuple[str, str, int, str, str]:
         """Candidates that share this share a file."""
         kind = "onnx" if self.runtime == "onnxruntime" else "openvino"
-        return self.model, self.backbone, self.size, kind, "int8" if self.precision == "int8" else "f32"
+        return self.model, self.backbone, self.size, kind, self.stored
+
+    @property
+    def stored(self) -> str:
+        """What the file holds."""
+        return {"bf16": "f32", "int8-bf16": "int8"}.get(self.precision, self.precision)
+
+    @property
+    def computed(self) -> str:
+        """What is computed in where the file does not say: INT8 operations are in the file."""
+        return {"int8": "f32", "int8-bf16": "bf16"}.get(self.precision, self.precision)
 
 
 class _EncoderAlone(nn.Module):
@@ -82,7 +105,7 @@ def unavailable(candidate: Candidate) -> str | None:
             return "ONNX Runtime is timed in f32 only"
     if runtime.startswith("torch") and precision not in {"f32", "bf16"}:
         return f"torch is not timed in {precision}"
-    if precision == "int8":
+    if candidate.stored == "int8":
         if candidate.model in {"Cflow", "Padim"}:
             return "INT8 is timed for CflowPlugin and its encoder"
         try:
@@ -92,11 +115,11 @@ def unavailable(candidate: Candidate) -> str | None:
     return None
 
 
-def build_model(name: str, backbone: str, size: int) -> nn.Module:
+def build_model(name: Model, backbone: str, size: int) -> nn.Module:
     """Build a model with random weights and everything it needs to run: speed does not depend on their values.
 
     Args:
-        name: One of ``MODELS``.
+        name: Which model.
         backbone: timm's name of the encoder.
         size: Height and width of the images.
 
@@ -165,10 +188,11 @@ def export_model(model: nn.Module, candidate: Candidate, folder: Path) -> tuple[
             path = _export_encoder(model, candidate, folder)
         elif candidate.runtime == "onnxruntime":
             path = model.to_onnx(folder, input_size=size)
-        elif candidate.precision == "int8":
+        elif candidate.stored == "int8":
             path = _quantized(model, candidate, folder)
         else:
-            path = model.to_openvino(folder, input_size=size)
+            half = CompressionType.FP16 if candidate.stored == "f16" else None
+            path = model.to_openvino(folder, input_size=size, compression_type=half)
     return path, time.perf_counter() - start
 
 
@@ -180,12 +204,12 @@ def _export_encoder(model: nn.Module, candidate: Candidate, folder: Path) -> Pat
         torch.onnx.export(model, (example,), path, dynamo=True, dynamic_shapes=shapes, opset_version=18, verbose=False)
         return path
     converted = ov.convert_model(torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False))
-    if candidate.precision == "int8":
+    if candidate.stored == "int8":
         import nncf
 
         converted = nncf.quantize(converted, nncf.Dataset(_random_images(candidate.size)))
     path = folder / "encoder.xml"
-    ov.save_model(converted, path, compress_to_fp16=False)
+    ov.save_model(converted, path, compress_to_fp16=candidate.stored in {"f16", "int8"})
     return path
 
 
@@ -265,8 +289,7 @@ def _load_openvino(candidate: Candidate, path: Path, images: np.ndarray, threads
     device = "GPU" if candidate.runtime == "openvino-gpu" else "CPU"
     model = core.read_model(path)
     model.reshape(images.shape)
-    # INT8 operations are in the file; this is the precision of the rest.
-    settings = {"INFERENCE_PRECISION_HINT": "f32" if candidate.precision == "int8" else candidate.precision}
+    settings = {"INFERENCE_PRECISION_HINT": candidate.computed}
     if device == "CPU":
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(model, device, {**settings, "PERFORMANCE_HINT": "LATENCY"})

@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,9 @@ from rich.progress import track
 
 from cflow_plugin.benchmark.candidates import (
     Candidate,
+    Model,
+    Precision,
+    Runtime,
     Unavailable,
     build_model,
     export_model,
@@ -30,10 +32,6 @@ from cflow_plugin.benchmark.candidates import (
 )
 from cflow_plugin.benchmark.report import describe_machine, print_table, write_report
 from cflow_plugin.errors import CflowError
-
-Model = Literal["CflowPlugin", "encoder", "Cflow", "Padim"]
-Runtime = Literal["torch", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime"]
-Precision = Literal["f32", "bf16", "f16", "int8"]
 
 
 def benchmark(
@@ -61,7 +59,8 @@ def benchmark(
         sizes: Heights (and widths) of the images in pixels.
         batch_sizes: Images at once.
         runtimes: What executes the model. Devices that are not there are named and left out.
-        precisions: What to compute in. What was executed in the end is shown; a runtime may know better.
+        precisions: What to compute in; int8-bf16 is INT8 with the rest in bf16 instead of f32. What was executed in the
+            end is shown; a runtime may know better.
         threads: Threads on a CPU.
         rounds: How often each combination has its turn.
         seconds: Length of a turn; a turn is at least three runs.
