@@ -44,6 +44,7 @@ def main(
     data: Path,
     weights: Path,
     categories: list[str],
+    choices: list[str] = list(CHOICES),  # noqa: B006
     seeds: list[int] = [0, 1],  # noqa: B006  jsonargparse shows it in --help
     output: Path = Path("results/benchmarks/choices"),
 ) -> None:
@@ -53,12 +54,13 @@ def main(
         data: Folder with one folder a category, in MVTec AD's layout.
         weights: ResNet-18 weights in timm's names, .safetensors, at least up to layer3.
         categories: Which categories.
+        choices: Which of the variations.
         seeds: Every figure is the mean over these.
         output: Folder for the results.
     """
     data, weights, output = data.resolve(), weights.resolve(), output.resolve()
     rows = []
-    runs = [(category, title) for category in categories for title in CHOICES]
+    runs = [(category, title) for category in categories for title in choices]
     for category, title in track(runs, description="Training"):
         found = [
             in_own_process(measure, "CflowPlugin", CHOICES[title], None, data, category, weights, seed, output / "runs")

@@ -40,8 +40,8 @@ def test_the_command(tmp_path):
     assert report["machine"]["processor"] in text
     assert "947" in text  # the published size of CFLOW-AD with wide_resnet50_2
     assert (tmp_path / "out/speed.png").stat().st_size > 1000
-    if "CflowPlugin resnet18 64 1 openvino-gpu f32" in report["left_out"]:
-        assert "OpenVINO sees no GPU" in out
+    assert "CflowPlugin resnet18 64 1 torch int8" in report["left_out"]["torch is not timed in int8"]
+    assert "Left out, for torch is not timed in int8: CflowPlugin" in out
 
 
 @pytest.mark.parametrize("model", ["CflowPlugin", "Cflow", "Padim"])

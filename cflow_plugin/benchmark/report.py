@@ -1,6 +1,6 @@
 """Figures of speed as a table on the screen, and as Markdown, CSV, JSON and a plot."""
 
-__all__ = ["describe_machine", "print_table", "write_report"]
+__all__ = ["describe_machine", "left_out", "print_table", "write_report"]
 
 import csv
 import json
@@ -61,6 +61,11 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def left_out(skipped: dict[str, list[str]]) -> list[str]:
+    """A line for each reason why something was not timed, with what it befell."""
+    return [f"Left out, for {reason}: {', '.join(names)}." for reason, names in skipped.items()]
+
+
 def print_table(rows: list[dict], console: Console) -> None:
     """Show the figures."""
     console.print(_table(rows, box.SIMPLE_HEAD))
@@ -105,8 +110,8 @@ def write_report(report: dict, folder: Path) -> None:
         console.print(_table(rows, box.MARKDOWN))
         console.print("Published (Table 6; PaDiM and SPADE on an Intel i7, the rest on a GTX 1080):\n")
         console.print(_published())
-        for name, reason in report["left_out"].items():
-            console.print(f"Left out: {name} ({reason}).")
+        for line in left_out(report["left_out"]):
+            console.print(line)
     _plot(rows).savefig(folder / "speed.png", dpi=150)
 
 

@@ -30,7 +30,7 @@ from cflow_plugin.benchmark.candidates import (
     load,
     unavailable,
 )
-from cflow_plugin.benchmark.report import describe_machine, print_table, write_report
+from cflow_plugin.benchmark.report import describe_machine, left_out, print_table, write_report
 from cflow_plugin.errors import CflowError
 
 
@@ -76,12 +76,12 @@ def benchmark(
     wanted = [
         Candidate(*values) for values in itertools.product(models, backbones, sizes, batch_sizes, runtimes, precisions)
     ]
-    skipped: dict[str, str] = {}
+    skipped: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="cflow-plugin-") as folder:
         prepared = _prepare(wanted, Path(folder), threads, skipped)
         rows = _measure(prepared, threads, rounds, seconds)
-    for name, reason in skipped.items():
-        console.print(f"Left out: {name} ({reason}).", soft_wrap=True)
+    for line in left_out(skipped):
+        console.print(line, soft_wrap=True)
     if not rows:
         message = "Nothing of what was asked for can be timed on this machine."
         raise CflowError(message)
@@ -92,7 +92,7 @@ def benchmark(
 
 
 def _prepare(
-    wanted: list[Candidate], folder: Path, threads: int, skipped: dict[str, str]
+    wanted: list[Candidate], folder: Path, threads: int, skipped: dict[str, list[str]]
 ) -> list[tuple[Candidate, dict]]:
     """Export what is needed, and find each candidate's size and peak memory."""
     files: dict[tuple, tuple[Path, float]] = {}
@@ -107,7 +107,7 @@ def _prepare(
             except (Unavailable, BrokenProcessPool) as error:
                 reason = str(error) or "its process died, probably for lack of memory"
         if reason is not None:
-            skipped[str(candidate)] = reason
+            skipped.setdefault(reason, []).append(str(candidate))
     return [(candidate, {**facts, "source": _source(candidate, files)}) for candidate, facts in prepared]
 
 
@@ -146,6 +146,11 @@ def _peak_memory(candidate: Candidate, source: Path | None, threads: int) -> flo
     loaded = load(candidate, source or build_model(candidate.model, candidate.backbone, candidate.size), threads)
     for _ in range(3):
         loaded.run()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Unlike ``getrusage``, this forgets the process that started this one.
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
