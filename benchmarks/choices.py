@@ -6,16 +6,14 @@ DATA holds one folder a category in MVTec AD's layout. Each run has a process of
 epoch. Likelihoods are of the training vectors of the last epoch, noise included, so they compare only at equal noise.
 """
 
-import json
 import statistics
 from pathlib import Path
 
 from jsonargparse import auto_cli
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from training import METRICS, describe_machine, in_own_process, measure
+from training import METRICS, in_own_process, measure, publish
 
 PAPER_SCORING = {"sigma": 0.0, "top_fraction": 0.0, "position_correction": 0.0}
 CHOICES = {
@@ -73,13 +71,7 @@ def main(
         figures = [f"{row[metric]:.4f}" for metric in METRICS]
         nats = [f"{-value:.3f}" for key, value in row.items() if key.startswith("train_nll_")][:2]
         table.add_row(row["category"], row["choice"], f"{row['seconds']:.1f}", *figures, *nats)
-    output.mkdir(parents=True, exist_ok=True)
-    report = {**describe_machine(), "seeds": seeds, "rows": rows}
-    (output / "choices.json").write_text(json.dumps(report, indent=2) + "\n")
-    with (output / "choices.md").open("w") as file:
-        Console(file=file, width=140).print(table)
-    Console(width=140).print(table)
-    print(f"Results are in {output}.")
+    publish("choices", table, {"seeds": seeds, "rows": rows}, output)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ DATA holds one folder a category in MVTec AD's layout. For each category a model
 exported in full precision, FP16 and INT8; the test images go through OpenVINO with each and through ONNX Runtime.
 """
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,10 +20,9 @@ from anomalib.engine import Engine
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
-from training import describe_machine
+from training import publish
 
 from cflow_plugin import CflowPlugin
 
@@ -68,13 +66,7 @@ def main(
             f"{row['same']} of {row['images']}",
             f"{row['map_difference']:.1e}",
         )
-    output.mkdir(parents=True, exist_ok=True)
-    report = {**describe_machine(), "seed": seed, "layers": layers, "rows": rows}
-    (output / "precision.json").write_text(json.dumps(report, indent=2) + "\n")
-    with (output / "precision.md").open("w") as file:
-        Console(file=file, width=160).print(table)
-    Console(width=160).print(table)
-    print(f"Results are in {output}.")
+    publish("precision", table, {"seed": seed, "layers": layers, "rows": rows}, output)
 
 
 def _compare(data: Path, weights: Path, category: str, layers: list[str], seed: int, folder: str) -> list[dict]:

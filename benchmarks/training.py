@@ -9,15 +9,11 @@ one after another, so that peak memory is its own.
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from platform import platform
 
 import torch
 from jsonargparse import auto_cli
@@ -27,6 +23,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from cflow_plugin.benchmark.report import describe_machine
+from cflow_plugin.benchmark.speed import peak_resident_bytes
 
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
@@ -86,7 +85,7 @@ def measure(
     engine.fit(model, datamodule=datamodule)
     seconds = time.perf_counter() - start
     logged = {key: value.item() for key, value in engine.trainer.callback_metrics.items()}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = peak_resident_bytes() / 2**20
     # The metrics take whatever exceeds one for a logit, and saturate: scores have to be normalised first.
     engine = Engine(default_root_dir=output, **trainer)
     engine.validate(model, datamodule=datamodule, verbose=False)
@@ -117,15 +116,22 @@ def in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
         return executor.submit(function, *arguments).result()
 
 
-def describe_machine() -> dict:
-    """What figures depend on beside the code."""
-    packages = ("anomalib", "cflow-plugin", "lightning", "torch")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": platform(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
-    }
+def publish(name: str, table: Table, report: dict, output: Path) -> None:
+    """Write figures as ``name.json`` and ``name.md``, and show them.
+
+    Args:
+        name: Name of the files.
+        table: The figures for people.
+        report: All figures; the machine they were measured on is added.
+        output: Folder; it is made if need be.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    report = {"machine": describe_machine(torch.get_num_threads()), **report}
+    (output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    with (output / f"{name}.md").open("w") as file:
+        Console(file=file, width=160).print(table)
+    Console(width=160).print(table)
+    print(f"Results are in {output.resolve()}.")
 
 
 def main(
@@ -163,23 +169,13 @@ def main(
     for category, title, name, settings, length in track(plan, description="Training"):
         run = in_own_process(measure, name, settings, length, data, category, weights, seed, output / "runs")
         rows.append({"category": category, "training": title, **run})
-    report = {
-        **describe_machine(),
-        "precision": "float32",
-        "rows": rows,
-    }
     columns = ("category", "training", "seconds", "an epoch", "peak MiB", *METRICS)
     table = Table(*columns, box=box.MARKDOWN)
     for row in rows:
         epoch = f"{row['epoch_seconds']:.2f}" if "epoch_seconds" in row else ""
         figures = [f"{row['seconds']:.1f}", epoch, f"{row['peak_memory_mib']:.0f}"]
         table.add_row(row["category"], row["training"], *figures, *(f"{row[metric]:.3f}" for metric in METRICS))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    with (output / "training.md").open("w") as file:
-        Console(file=file, width=140).print(table)
-    Console(width=140).print(table)
-    print(f"Results are in {output}.")
+    publish("training", table, {"precision": "float32", "rows": rows}, output)
 
 
 if __name__ == "__main__":

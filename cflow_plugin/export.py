@@ -1,6 +1,13 @@
 """A trained model as an ONNX or OpenVINO file, pre- and post-processing included."""
 
-__all__ = ["InferenceGraph", "TrainingImages", "convert_to_openvino", "quantize", "quantize_with_accuracy_control"]
+__all__ = [
+    "InferenceGraph",
+    "TrainingImages",
+    "compress",
+    "convert_to_openvino",
+    "quantize",
+    "quantize_with_accuracy_control",
+]
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -12,6 +19,8 @@ import numpy as np
 import openvino as ov
 import torch
 from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import F1Score
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule
@@ -26,6 +35,8 @@ from torchvision.transforms.v2.functional import resize
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.folded import FoldedModel
+
+logger = logging.getLogger(__name__)
 
 
 class InferenceGraph(ExportMixin, LightningModule):
@@ -58,7 +69,7 @@ class InferenceGraph(ExportMixin, LightningModule):
             if ranges.isnan().all():
                 # Never validated: nothing is normalised, and a graph full of NaN is what some runtimes refuse.
                 self.post_processor.enable_normalization = False
-        self.model: FoldedModel = deepcopy(deepcopy(model.model).cpu().eval().folded(self.size))
+        self.model: FoldedModel = deepcopy(model.model).cpu().eval().folded(self.size)
         self.eval()
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
@@ -158,6 +169,46 @@ def _name_matrix_products(converted: ov.Model, model: FoldedModel) -> None:
                 node.set_friendly_name(name)
 
 
+def compress(
+    model: ov.Model,
+    kind: CompressionType,
+    datamodule: AnomalibDataModule | None = None,
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+) -> ov.Model:
+    """Compress a converted model in one of anomalib's ways.
+
+    Args:
+        model: What :func:`convert_to_openvino` returned.
+        kind: Which way. FP16 changes nothing here: it is how the file is written.
+        datamodule: Its training images calibrate INT8_PTQ and INT8_ACQ; its validation images measure the metric.
+        metric: anomalib metric for INT8_ACQ, higher is better; by default the image F1 score.
+        max_drop: How much of the metric INT8_ACQ may lose.
+
+    Returns:
+        The compressed model.
+
+    Raises:
+        CflowError: If NNCF cannot quantize the model.
+    """
+    if kind == CompressionType.FP16:
+        return model
+    if kind == CompressionType.INT8:
+        return _nncf().compress_weights(model)
+    images = TrainingImages(datamodule, _fixed_size(model))
+    logger.info("Calibrating INT8 on %d training images.", len(images))
+    if kind == CompressionType.INT8_PTQ:
+        return quantize(model, images)
+    metric = metric or F1Score(fields=["pred_label", "gt_label"])
+    return quantize_with_accuracy_control(model, images, datamodule.val_dataloader(), metric, max_drop)
+
+
+def _fixed_size(model: ov.Model) -> tuple[int, int] | None:
+    """Height and width of the images that a model takes, or ``None`` where they may differ."""
+    shape = model.input(0).partial_shape
+    return None if shape[2].is_dynamic else (shape[2].get_length(), shape[3].get_length())
+
+
 class TrainingImages:
     """Training images one by one, without augmentation, as an exported model takes them.
 
@@ -242,13 +293,12 @@ def quantize_with_accuracy_control(
         The quantized model.
     """
     nncf = _nncf()
-    size = model.input(0).partial_shape
-    fixed = None if size[2].is_dynamic else [size[2].get_length(), size[3].get_length()]
+    size = _fixed_size(model)
 
     def measure(compiled: ov.CompiledModel, batches: Iterable[Batch]) -> float:
         metric.reset()
         for batch in batches:
-            image = batch.image if fixed is None else resize(batch.image, fixed, antialias=True)
+            image = batch.image if size is None else resize(batch.image, list(size), antialias=True)
             results = compiled(image.numpy())
             found = {
                 name: torch.from_numpy(results[name])

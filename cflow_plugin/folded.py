@@ -36,11 +36,11 @@ class FoldedModel(nn.Module):
         self.encoder = _fold_batch_norm(encoder)
         like = next(encoder.parameters(), next(encoder.buffers()))
         pyramid = encoder(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
-        self.sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
+        sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
         self.flows = nn.ModuleList(
-            FoldedFlow(decoder, *map_size) for decoder, map_size in zip(decoders, self.sizes, strict=True)
+            FoldedFlow(decoder, *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
         )
-        self.scoring = scoring.folded(self.sizes, size)
+        self.scoring = scoring.folded(sizes, size)
         self.eval()
 
     def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.deploy import CompressionType, ExportType
-from anomalib.metrics import Evaluator, F1Score
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
@@ -35,6 +35,7 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.flow import Permutation
+from cflow_plugin.pre_processing import CflowPreProcessor
 from cflow_plugin.torch_model import CflowModel
 
 logger = logging.getLogger(__name__)
@@ -469,35 +470,20 @@ class CflowPlugin(AnomalibModule):
         """
         import openvino
 
-        from cflow_plugin.export import (
-            TrainingImages,
-            convert_to_openvino,
-            quantize,
-            quantize_with_accuracy_control,
-        )
+        from cflow_plugin.export import compress, convert_to_openvino
 
         del task, onnx_kwargs
         self._check_exportable()
         kind = None if compression_type is None else CompressionType(compression_type)
-        calibrated = kind in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}
-        if calibrated and datamodule is None:
+        if kind in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
+            # Said before the seconds that the conversion takes.
             msg = f"{kind.value} is calibrated on training images: pass the data the model was trained on with --data."
             raise CflowError(msg)
         model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
-        if kind == CompressionType.INT8:
-            import nncf
-
-            model = nncf.compress_weights(model)
-        elif calibrated:
-            images = TrainingImages(datamodule, input_size)
-            logger.info("Calibrating INT8 on %d training images.", len(images))
-            if kind == CompressionType.INT8_PTQ:
-                model = quantize(model, images)
-            else:
-                metric = metric or F1Score(fields=["pred_label", "gt_label"])
-                model = quantize_with_accuracy_control(model, images, datamodule.val_dataloader(), metric, max_drop)
+        if kind is not None:
+            model = compress(model, kind, datamodule, metric, max_drop)
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
-        # What INT8 leaves in full precision is constants that FP16 keeps well enough.
+        # What INT8_PTQ leaves in full precision is constants that FP16 keeps well enough.
         openvino.save_model(model, path, compress_to_fp16=kind in {CompressionType.FP16, CompressionType.INT8_PTQ})
         return path
 
@@ -505,18 +491,6 @@ class CflowPlugin(AnomalibModule):
         if not self.model.scoring.is_calibrated:
             msg = "Only a trained model can be exported: pass the checkpoint that training wrote with --ckpt_path."
             raise CflowError(msg)
-
-
-class CflowPreProcessor(PreProcessor):
-    """anomalib's pre-processing, done the same way wherever a model is used.
-
-    anomalib's own leaves the smoothing of a reduction out behind training and testing, so that an image gets another
-    score from its inferencers than from its engine.
-    """
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Transform images ``(B, 3, H, W)``."""
-        return self.transform(batch) if self.transform else batch
 
 
 class _Steps:

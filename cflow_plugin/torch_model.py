@@ -96,8 +96,7 @@ class CflowModel(nn.Module):
             size: Height and width of the images.
         """
         # An in-place change raises a tensor's version; another device or dtype makes another tensor.
-        state = [*self.parameters(), *self.buffers()]
-        made_of = (size, [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in state])  # noqa: SLF001
+        made_of = (size, [_identity(tensor) for tensor in (*self.parameters(), *self.buffers())])
         if self._folded is None or self._folded[0] != made_of:
             self._folded = (made_of, FoldedModel(self.encoder, self.decoders, self.scoring, size))
         return self._folded[1]
@@ -134,3 +133,9 @@ class CflowModel(nn.Module):
             return self.folded((height, width))(images)
         anomaly_map, score = self.scoring(self.log_likelihoods(images), (height, width))
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """What changes when a tensor or its values do."""
+    # Tensors made in inference mode count no versions, and can hardly be changed.
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version  # noqa: SLF001

@@ -5,7 +5,7 @@ __all__ = ["watch"]
 import csv
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -102,8 +102,8 @@ def watch(
         raise CflowError(message)
 
 
-def _load(path: Path, device: str, precision: str) -> ov.CompiledModel:
-    """Compile a model that takes pictures as OpenCV reads them: ``(1, H, W, 3)``, bytes, blue first, of any size."""
+def _load(path: Path, device: str, precision: str) -> Callable[[np.ndarray], Mapping]:
+    """Compile a model for pictures as OpenCV reads them: ``(H, W, 3)``, bytes, blue first, of any size."""
     if not path.is_file():
         message = f"There is no exported model at {path}; `anomalib export --model CflowPlugin` writes one."
         raise CflowError(message)

@@ -135,6 +135,17 @@ def test_files_are_small(trained, tmp_path):
     assert sizes[CompressionType.INT8] < 0.5 * sizes[None]
 
 
+def test_no_constant_is_kept_for_each_position(trained, tmp_path):
+    path = trained.to_openvino(tmp_path, input_size=(64, 64))
+    blocks = [block for flow in InferenceGraph(trained, (64, 64)).model.flows for block in flow.blocks]
+    dense = {tuple(block.position.shape) for block in blocks}
+    parts = {tuple(block.rows.shape) for block in blocks} | {tuple(block.columns.shape) for block in blocks}
+    constants = [node for node in ov.Core().read_model(path).get_ops() if node.get_type_name() == "Constant"]
+    shapes = [tuple(size for size in node.shape if size != 1) for node in constants]
+    assert not dense & set(shapes)
+    assert {tuple(size for size in shape if size != 1) for shape in parts} <= set(shapes)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
 def test_int8(trained, textures, tmp_path, kind):

@@ -100,6 +100,13 @@ def test_folding_is_never_stale(model, how):
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = CflowModel("gabor", coupling_blocks=2).eval()
+        first = model.log_likelihoods(torch.ones(1, 3, 64, 64))[0]
+        assert torch.equal(model.log_likelihoods(torch.ones(1, 3, 64, 64))[0], first)
+
+
 def test_folding_costs_no_memory_on_disk(model, tmp_path):
     names = set(model.state_dict())
     sizes = []

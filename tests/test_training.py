@@ -94,6 +94,24 @@ def test_constants_are_the_quantile_over_training_features(trained, textures):
         torch.testing.assert_close(constant, values.quantile(0.999), rtol=0, atol=0.02)
 
 
+def test_features_beyond_the_memory_s_limit(tmp_path, textures, monkeypatch):
+    """A part of the positions is kept; the others' constants are their neighbours'."""
+    monkeypatch.setattr("cflow_plugin.feature_bank._MAXIMUM_BYTES", 100_000)
+    kept = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            kept.append(len(pl_module._bank.positions[0]))
+
+    model = quick_model()
+    make_engine(tmp_path, callbacks=[Watch()]).fit(model, datamodule=textures)
+    correction = model.model.scoring.correction_0
+    assert 0 < kept[0] < correction.numel()
+    assert torch.isfinite(correction).all()
+    assert correction.unique().numel() <= 2 * kept[0]
+    assert torch.isfinite(model.eval()(torch.rand(1, 3, 64, 64)).anomaly_map).all()
+
+
 def test_a_checkpoint_brings_everything_with_it(trained, textures, tmp_path):
     path = tmp_path / "model.ckpt"
     engine = make_engine(tmp_path)

@@ -1,6 +1,6 @@
 """Time candidates in alternating rounds, and weigh them."""
 
-__all__ = ["benchmark"]
+__all__ = ["benchmark", "peak_resident_bytes"]
 
 import itertools
 import logging
@@ -146,12 +146,17 @@ def _peak_memory(candidate: Candidate, source: Path | None, threads: int) -> flo
     loaded = load(candidate, source or build_model(candidate.model, candidate.backbone, candidate.size), threads)
     for _ in range(3):
         loaded.run()
+    return peak_resident_bytes() / 1e6
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         # Unlike ``getrusage``, this forgets the process that started this one.
         [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _measure(prepared: list[tuple[Candidate, dict]], threads: int, rounds: int, seconds: float) -> list[dict]:
