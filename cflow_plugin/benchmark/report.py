@@ -3,6 +3,7 @@
 __all__ = ["describe_machine", "left_out", "print_table", "write_report"]
 
 import csv
+import itertools
 import json
 import platform
 from datetime import datetime, timezone
@@ -10,12 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from cflow_plugin.benchmark.published import TABLE_6
 
+# What the paper's rows are called among the measured ones, so that both share a colour.
+_MEASURED_AS = {"CFLOW-AD": "CflowPlugin", "PaDiM": "Padim"}
 _COLUMNS = {
     "model": "model",
     "backbone": "encoder",
@@ -125,23 +129,36 @@ def _published() -> Table:
 
 def _plot(rows: list[dict]) -> Figure:
     """Speed against size on disk (in parameters where there is no file), the paper's figures among them."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
-    series: dict[str, list[tuple[float, float, str]]] = {}
-    for row in rows:
-        name = f"{row['model']}, {row['runtime']} {row['precision']}, {row['size']}², batch {row['batch']}"
-        size = row.get("file_mb") or row["parameters_mb"]
-        series.setdefault(name, []).append((size, row["fps"], row["backbone"]))
+    points = [
+        (
+            row["model"],
+            f"{row['runtime']} {row['precision']}, {row['size']}², batch {row['batch']}",
+            row.get("file_mb") or row["parameters_mb"],
+            row["fps"],
+            row["backbone"],
+        )
+        for row in rows
+    ]
     measured = {row["backbone"] for row in rows}
-    for row in TABLE_6:
-        if row.backbone in measured and row.fps_256 and row.size_mb:
-            series.setdefault(f"{row.model}, published", []).append((row.size_mb, row.fps_256, row.backbone))
-    for name, points in series.items():
-        sizes, speeds, backbones = zip(*sorted(points), strict=True)
-        axes.plot(sizes, speeds, "x--" if name.endswith("published") else "o-", label=name)
-        for size, speed, backbone in zip(sizes, speeds, backbones, strict=True):
-            axes.annotate(backbone, (size, speed), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    points += [
+        (_MEASURED_AS.get(row.model, row.model), "published", row.size_mb, row.fps_256, row.backbone)
+        for row in TABLE_6
+        if row.backbone in measured
+    ]
+    # A colour for each model and a marker for each way of running it.
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(point[0] for point in points))}
+    markers = dict(zip(dict.fromkeys(point[1] for point in points), itertools.cycle("osD^v<>PXhp*"), strict=False))
+    for model, way, size, speed, backbone in points:
+        axes.plot(size, speed, markers[way], color=colours[model], markersize=7)
+        if len(measured) > 1:
+            axes.annotate(backbone, (size, speed), fontsize=6, xytext=(5, 3), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="size, MB", ylabel="images a second")
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize=6)
+    handles = [Line2D([], [], marker="s", linestyle="", color=colour, label=name) for name, colour in colours.items()]
+    handles += [
+        Line2D([], [], marker=marker, linestyle="", color="black", label=way) for way, marker in markers.items()
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
     return figure
