@@ -51,28 +51,15 @@ def measure(
     """
     from anomalib.data import MVTecAD
     from anomalib.engine import Engine
-    from anomalib.models import get_model
     from lightning import seed_everything
-    from safetensors.torch import load_file
 
-    from cflow_plugin.evaluation import CflowEvaluator
+    from cflow_plugin.comparison.cell import EncoderChoice, Variant, build_model
 
     seed_everything(seed, verbose=False)
-    settings = {"backbone": "resnet18", "layers": ["layer2", "layer3"], **settings}
-    precision = settings.pop("precision", "32")
-    source = {"weights": str(weights)} if name == "CflowPlugin" else {"pre_trained": False}
-    model = get_model(name, evaluator=CflowEvaluator(), **{**source, **settings})
-    model.visualizer = None
-    if name != "CflowPlugin":
-        encoder = model.model.encoder if name == "Cflow" else model.model.feature_extractor
-        needed, given = encoder.feature_extractor.state_dict(), load_file(weights)
-        encoder.feature_extractor.load_state_dict(
-            {key: given[key] if key in given else value for key, value in needed.items()}
-        )
-        missing = [key for key in needed if key not in given and not key.endswith("num_batches_tracked")]
-        if missing:
-            message = f"{weights} lacks {', '.join(missing[:3])}."
-            raise ValueError(message)
+    precision = settings.get("precision", "32")
+    settings = {key: value for key, value in settings.items() if key != "precision"}
+    encoder = EncoderChoice("resnet18", ["layer2", "layer3"], weights)
+    model = build_model(Variant(name, settings), encoder, (256, 256))
     datamodule = MVTecAD(root=data, category=category, num_workers=0)
     trainer = {"accelerator": "cpu", "precision": precision, "logger": False}
     trainer["enable_progress_bar"] = False

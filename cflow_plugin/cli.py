@@ -3,6 +3,7 @@
 __all__ = ["main"]
 
 import logging
+import os
 import sys
 import warnings
 
@@ -18,7 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # anomalib's and timm's imports warn of each other; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in processes that are started, too
     from cflow_plugin.benchmark import benchmark
+    from cflow_plugin.comparison import compare
     from cflow_plugin.watch import watch
 
-    auto_cli({"benchmark": benchmark, "watch": watch}, args=arguments, as_positional=False, prog="cflow-plugin")
+    auto_cli(
+        {"benchmark": benchmark, "compare": compare, "watch": watch},
+        args=arguments,
+        as_positional=False,
+        prog="cflow-plugin",
+    )

@@ -1,6 +1,6 @@
 """The encoder of section 4.1: a pretrained, frozen CNN and the layers its feature pyramid is taken from."""
 
-__all__ = ["BACKBONES", "Backbone", "Encoder"]
+__all__ = ["BACKBONES", "Backbone", "Encoder", "read_weights"]
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -209,22 +209,7 @@ class Encoder(nn.Module):
         Raises:
             CflowError: If the file is missing, unreadable, lacks a needed tensor or has one of another shape.
         """
-        path = Path(path)
-        if not path.is_file():
-            msg = f"There is no weights file at {path}; check --model.weights."
-            raise CflowError(msg)
-        try:
-            if path.suffix == ".safetensors":
-                weights = load_file(path)
-            else:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-                weights = weights.get("state_dict", weights)
-        except Exception as error:  # truncated, foreign or unsafe files fail in many ways
-            msg = (
-                f"{path} could not be read as weights ({type(error).__name__}). It must be a .safetensors file or a "
-                ".pth file with nothing but a state dict of tensors."
-            )
-            raise CflowError(msg) from error
+        weights = read_weights(path)
         self._load(weights, source=str(path))
 
     def _load(self, weights: Mapping[str, torch.Tensor], source: str) -> None:
@@ -247,6 +232,34 @@ class Encoder(nn.Module):
             raise CflowError(msg)
         self.network.load_state_dict({name: weights.get(name, tensor) for name, tensor in needed.items()})
         logger.info("Loaded the encoder's weights from %s.", source)
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights; no pickled object in it is executed.
+
+    Args:
+        path: ``.safetensors``, or a ``.pth``/``.pt``/``.bin`` file that holds a state dict.
+
+    Raises:
+        CflowError: If the file is missing or unreadable.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"There is no weights file at {path}; check --model.weights."
+        raise CflowError(msg)
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = weights.get("state_dict", weights)
+    except Exception as error:  # truncated, foreign or unsafe files fail in many ways
+        msg = (
+            f"{path} could not be read as weights ({type(error).__name__}). It must be a .safetensors file or a "
+            ".pth file with nothing but a state dict of tensors."
+        )
+        raise CflowError(msg) from error
+    return weights
 
 
 def _truncate(network: nn.Module, layers: Sequence[str]) -> nn.Module:

@@ -10,8 +10,10 @@ __all__ = [
 ]
 
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator
 from copy import copy, deepcopy
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -244,8 +246,8 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
 
     What else could be in INT8 must not be. The whitening in front of a decoder magnifies directions of little variance,
     and with them the rounding of its own input and of the encoder, whose first layers are the most sensitive; the maps
-    are a few small products. The later half of the encoder's convolutions keeps its weights in 8 bits, to be unpacked
-    when the file is loaded.
+    are a few small products. The later half of the encoder's convolutions keeps its weights in 8 bits, and all that is
+    left in 16, to be unpacked when the file is loaded.
 
     Args:
         model: What :func:`convert_to_openvino` returned.
@@ -259,6 +261,7 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
     """
     nncf = _nncf()
     try:
+        model = _halve(model)
         quantized = nncf.quantize(
             model,
             nncf.Dataset(images),
@@ -316,6 +319,16 @@ def quantize_with_accuracy_control(
         subset_size=sum(1 for _ in images),
         ignored_scope=_all_but_decoders(model),
     )
+
+
+def _halve(model: ov.Model) -> ov.Model:
+    """Keep constants in half precision. A model with weights in 8 bits can no longer be saved that way."""
+    core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.xml"
+        ov.save_model(model, file, compress_to_fp16=True)
+        return core.read_model(file)
 
 
 def _nncf() -> ModuleType:

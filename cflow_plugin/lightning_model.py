@@ -483,8 +483,7 @@ class CflowPlugin(AnomalibModule):
         if kind is not None:
             model = compress(model, kind, datamodule, metric, max_drop)
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
-        # What INT8_PTQ leaves in full precision is constants that FP16 keeps well enough.
-        openvino.save_model(model, path, compress_to_fp16=kind in {CompressionType.FP16, CompressionType.INT8_PTQ})
+        openvino.save_model(model, path, compress_to_fp16=kind == CompressionType.FP16)
         return path
 
     def _check_exportable(self) -> None:

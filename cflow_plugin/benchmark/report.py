@@ -8,6 +8,7 @@ import json
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from math import isnan
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,10 +17,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cflow_plugin.benchmark.published import TABLE_6
+from cflow_plugin.published import CAPTIONS, published_table
 
 # What the paper's rows are called among the measured ones, so that both share a colour.
-_MEASURED_AS = {"CFLOW-AD": "CflowPlugin", "PaDiM": "Padim"}
+_MEASURED_AS = {"CFLOW-AD": "CflowPlugin", "PaDiM": "Padim", "SPADE": "Spade"}
 _COLUMNS = {
     "model": "model",
     "backbone": "encoder",
@@ -112,7 +113,7 @@ def write_report(report: dict, folder: Path) -> None:
         )
         console.print()
         console.print(_table(rows, box.MARKDOWN))
-        console.print("Published (Table 6; PaDiM and SPADE on an Intel i7, the rest on a GTX 1080):\n")
+        console.print(f"Published, Table 6. {CAPTIONS[6]}:\n")
         console.print(_published())
         for line in left_out(report["left_out"]):
             console.print(line)
@@ -121,9 +122,9 @@ def write_report(report: dict, folder: Path) -> None:
 
 def _published() -> Table:
     table = Table("model", "encoder", "fps at 256", "fps at 512", "size MB", box=box.MARKDOWN)
-    for row in TABLE_6:
-        figures = (row.fps_256, row.fps_512, row.size_mb)
-        table.add_row(row.model, row.backbone, *("" if figure is None else f"{figure:g}" for figure in figures))
+    for row in published_table(6).itertuples():
+        figures = (row.fps_256, row.fps_512, row.mvtec_mb)
+        table.add_row(row.model, row.encoder, *("" if isnan(figure) else f"{figure:g}" for figure in figures))
     return table
 
 
@@ -143,9 +144,9 @@ def _plot(rows: list[dict]) -> Figure:
     ]
     measured = {row["backbone"] for row in rows}
     points += [
-        (_MEASURED_AS.get(row.model, row.model), "published", row.size_mb, row.fps_256, row.backbone)
-        for row in TABLE_6
-        if row.backbone in measured
+        (_MEASURED_AS.get(row.model, row.model), "published", row.mvtec_mb, row.fps_256, row.encoder)
+        for row in published_table(6).itertuples()
+        if row.encoder in measured
     ]
     # A colour for each model and a marker for each way of running it.
     colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(point[0] for point in points))}
