@@ -168,6 +168,23 @@ class Encoder(nn.Module):
         size = self.neighbourhood
         return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
 
+    def load(self, weights: str | Path | None, pre_trained: bool) -> None:
+        """Load what a model's settings ask for.
+
+        Args:
+            weights: A local file, or ``None``.
+            pre_trained: Load timm's ImageNet weights where no file is given.
+
+        Raises:
+            CflowError: As :meth:`load_file` and :meth:`load_pretrained` do.
+        """
+        if weights is not None:
+            self.load_file(weights)
+        elif pre_trained:
+            self.load_pretrained()
+        else:
+            logger.warning("The encoder is untrained, as asked; expect far less than with ImageNet weights.")
+
     def load_pretrained(self) -> None:
         """Load the ImageNet weights from timm's hub or its local cache.
 
@@ -216,7 +233,10 @@ class Encoder(nn.Module):
         needed = self.network.state_dict()
         missing = [name for name in needed if name not in weights and not name.endswith("num_batches_tracked")]
         if missing:
-            msg = f"{source} lacks {_enumerate(missing)}, which {self.backbone!r} needs for {', '.join(self.layers)}."
+            msg = (
+                f"{source} lacks {_enumerate(missing)}, which {self.backbone!r} needs for {', '.join(self.layers)}; "
+                "take another file, or name layers that this one has."
+            )
             raise CflowError(msg)
         wrong = [
             f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"

@@ -1,8 +1,11 @@
-"""The metrics of section 5.2, as far as a data set allows them."""
+"""The metrics of section 5.2, as far as a data set allows them, and the file they go to."""
 
-__all__ = ["CflowEvaluator"]
+__all__ = ["CflowEvaluator", "write_metrics"]
 
+import json
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from anomalib.data import Batch
@@ -65,3 +68,24 @@ class CflowEvaluator(Evaluator):
                 continue
             logger.warning("%s is left out: %s.", metric.name, reason)
             metric.reset()
+
+
+def write_metrics(trainer: Trainer) -> None:
+    """Write a test's metrics into ``metrics.json`` next to its pictures.
+
+    Where that is impossible a warning says so: the metrics are on the screen.
+    """
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: round(value.item(), 6) for name, value in sorted(trainer.callback_metrics.items())}
+    folder = Path(trainer.default_root_dir)
+    file = folder / "metrics.json"
+    unfinished = folder / ".metrics.json.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
+        os.replace(unfinished, file)
+    except OSError as error:
+        logger.warning("The metrics could not be written to %s (%s).", file, error)
+        return
+    logger.info("Metrics, pictures and weights are in %s.", folder.resolve())

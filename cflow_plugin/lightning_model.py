@@ -2,7 +2,6 @@
 
 __all__ = ["CflowPlugin"]
 
-import json
 import logging
 import sys
 import warnings
@@ -32,7 +31,7 @@ from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.evaluation import CflowEvaluator
+from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.flow import Permutation
 from cflow_plugin.pre_processing import CflowPreProcessor
@@ -226,14 +225,8 @@ class CflowPlugin(AnomalibModule):
 
     def _load_encoder(self) -> None:
         """Load ImageNet weights unless they are there: a restored model brings its own."""
-        if self._encoder_is_loaded:
-            return
-        if self.weights is not None:
-            self.model.encoder.load_file(self.weights)
-        elif self.pre_trained:
-            self.model.encoder.load_pretrained()
-        else:
-            logger.warning("The encoder is untrained, as asked; expect far less than with ImageNet weights.")
+        if not self._encoder_is_loaded:
+            self.model.encoder.load(self.weights, self.pre_trained)
         self._encoder_is_loaded = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -388,19 +381,7 @@ class CflowPlugin(AnomalibModule):
 
     def on_test_end(self) -> None:
         """Write the metrics next to the pictures."""
-        trainer = self.trainer
-        if not trainer.is_global_zero:
-            return
-        metrics = {name: round(value.item(), 6) for name, value in sorted(trainer.callback_metrics.items())}
-        folder = Path(trainer.default_root_dir)
-        file = folder / "metrics.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(metrics, indent=2) + "\n")
-        except OSError as error:
-            logger.warning("The metrics could not be written to %s (%s).", file, error)
-            return
-        logger.info("Metrics, pictures and weights are in %s.", folder.resolve())
+        write_metrics(self.trainer)
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of validation images."""

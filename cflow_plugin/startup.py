@@ -12,21 +12,21 @@ __all__ = ["install"]
 import os
 import sys
 
-# After this module of anomalib has been imported: what to import of ours, and the function to call there, if any.
+# After this module of anomalib has been imported: what to import of ours, and the function to call in each, if any.
 _AFTER = {
-    "anomalib.models": ("cflow_plugin.lightning_model", None),
-    "anomalib.data": ("cflow_plugin.data", None),
+    "anomalib.models": (("cflow_plugin.lightning_model", "cflow_plugin.baselines.spade"), None),
+    "anomalib.data": (("cflow_plugin.data",), None),
     # rich installs its own hook for uncaught errors in this module; ours has to come later.
-    "anomalib.cli.cli": ("cflow_plugin.errors", "install_excepthook"),
+    "anomalib.cli.cli": (("cflow_plugin.errors",), "install_excepthook"),
 }
 
 
 class _Loader:
-    """The module's own loader, followed by the import of ours."""
+    """The module's own loader, followed by the imports of ours."""
 
-    def __init__(self, loader, module, function):
+    def __init__(self, loader, modules, function):
         self._loader = loader
-        self._module = module
+        self._modules = modules
         self._function = function
 
     def __getattr__(self, name):
@@ -38,12 +38,13 @@ class _Loader:
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        try:
-            __import__(self._module)
-            if self._function:
-                getattr(sys.modules[self._module], self._function)()
-        except Exception as error:  # a broken plug-in must not break anomalib
-            print(f"cflow_plugin could not be loaded ({type(error).__name__}: {error})", file=sys.stderr)
+        for name in self._modules:
+            try:
+                __import__(name)
+                if self._function:
+                    getattr(sys.modules[name], self._function)()
+            except Exception as error:  # a broken plug-in must not break anomalib
+                print(f"cflow_plugin could not be loaded ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 class _Finder:

@@ -36,27 +36,37 @@ def test_other_programs_do_not_meet_it():
 
 @pytest.mark.parametrize(
     "first",
-    ["anomalib.models", "anomalib.data", "anomalib.engine", "cflow_plugin.data", "cflow_plugin.lightning_model"],
+    [
+        "anomalib.models",
+        "anomalib.data",
+        "anomalib.engine",
+        "cflow_plugin.data",
+        "cflow_plugin.lightning_model",
+        "cflow_plugin.baselines.spade",
+    ],
 )
 def test_names_are_known_whatever_is_imported_first(first):
     code = (
         f"import {first}\n"
         "import anomalib.models, anomalib.data\n"
-        "print(anomalib.models.CflowPlugin.__name__, anomalib.data.Textures.__name__)"
+        "print(anomalib.models.CflowPlugin.__name__, anomalib.models.Spade.__name__, anomalib.data.Textures.__name__)"
     )
     status, out, errors = python(code)
     assert status == 0, errors
-    assert out.splitlines()[-1] == "CflowPlugin Textures"
+    assert out.splitlines()[-1] == "CflowPlugin Spade Textures"
 
 
 def test_found_by_anomalib_s_own_look_up():
     code = (
         "from anomalib.models import get_model, list_models\n"
-        "print('cflow_plugin' in list_models(), type(get_model('cflow_plugin', backbone='gabor')).__module__)"
+        "print({'cflow_plugin', 'spade'} <= list_models())\n"
+        "print(type(get_model('cflow_plugin', backbone='gabor')).__module__)\n"
+        "print(type(get_model('spade', backbone='gabor', layers=['scale1'], image_layer='scale2')).__module__)"
     )
     status, out, errors = python(code)
     assert status == 0, errors
-    assert out.splitlines()[-1] == "True cflow_plugin.lightning_model"
+    modules = ["cflow_plugin.lightning_model", "cflow_plugin.baselines.spade.lightning_model"]
+    assert out.splitlines()[-3:] == ["True", *modules]
 
 
 def test_switched_off():

@@ -1,0 +1,1 @@
+"""Methods the paper compares with that anomalib lacks, on CflowPlugin's encoder, pre-processing and metrics."""
