@@ -19,6 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
     # anomalib's and timm's imports warn of each other; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     from cflow_plugin.benchmark import benchmark
+    from cflow_plugin.import_checkpoint import import_checkpoint
     from cflow_plugin.watch import watch
 
-    auto_cli({"benchmark": benchmark, "watch": watch}, args=arguments, as_positional=False, prog="cflow-plugin")
+    if arguments[:1] == ["import-checkpoint"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments = [arguments[0], "--checkpoint", *arguments[1:]]
+    auto_cli(
+        {"benchmark": benchmark, "import-checkpoint": import_checkpoint, "watch": watch},
+        args=arguments,
+        as_positional=False,
+        prog="cflow-plugin",
+    )
