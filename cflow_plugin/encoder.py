@@ -1,11 +1,12 @@
 """The encoder of section 4.1: a pretrained, frozen CNN and the layers its feature pyramid is taken from."""
 
-__all__ = ["BACKBONES", "Backbone", "Encoder", "read_weights"]
+__all__ = ["BACKBONES", "Backbone", "Encoder", "Padding", "read_weights"]
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -21,6 +22,8 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.filter_bank import FilterBank
 
 logger = logging.getLogger(__name__)
+
+Padding = Literal["zeros", "reflect"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,15 @@ class Encoder(nn.Module):
         backbone: Name of a timm model, or ``gabor`` for a fixed filter bank that needs no weights.
         layers: Names of the layers to take features from, fine to coarse. ``None`` takes the paper's three.
         neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
+        padding: What the backbone's convolutions see beyond the border: zeros, as when it was trained, or their
+            mirrored input, as in the original code's ResNets.
 
     Attributes:
         channels: Length D_k of a feature vector of each layer.
 
     Raises:
-        CflowError: If backbone or layer is unknown, a layer's output is not a feature map, or ``neighbourhood`` is not
-            odd.
+        CflowError: If backbone or layer is unknown, a layer's output is not a feature map, ``neighbourhood`` is not
+            odd, or the backbone's padding cannot be changed.
 
     Example:
         >>> encoder = Encoder("resnet18", ["layer2", "layer3"])
@@ -86,7 +91,13 @@ class Encoder(nn.Module):
         [(1, 128, 8, 8), (1, 256, 4, 4)]
     """
 
-    def __init__(self, backbone: str, layers: Sequence[str] | None = None, neighbourhood: int = 1) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str] | None = None,
+        neighbourhood: int = 1,
+        padding: Padding = "zeros",
+    ) -> None:
         super().__init__()
         if neighbourhood < 1 or neighbourhood % 2 == 0:
             msg = f"neighbourhood must be a positive odd number of cells, got {neighbourhood}."
@@ -94,6 +105,9 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.neighbourhood = neighbourhood
         if backbone == "gabor":
+            if padding != "zeros":
+                msg = "The filter bank has a padding of its own: leave padding out, or choose another backbone."
+                raise CflowError(msg)
             self._build_filter_bank(layers)
             return
         try:
@@ -119,6 +133,8 @@ class Encoder(nn.Module):
                 f"choose from {', '.join(_module_names(network))}."
             )
             raise CflowError(msg)
+        if padding == "reflect":
+            _reflect(network)
         try:
             self.network = _truncate(network, self.layers)
             pyramid = self(torch.zeros(1, 3, 64, 64))
@@ -213,7 +229,7 @@ class Encoder(nn.Module):
                 "accept an untrained encoder with --model.pre_trained false."
             )
             raise CflowError(msg) from error
-        self._load(network.state_dict(), source=f"timm's {name}")
+        self.load_weights(network.state_dict(), source=f"timm's {name}")
 
     def load_file(self, path: str | Path) -> None:
         """Load weights in timm's parameter names from a local file.
@@ -226,10 +242,18 @@ class Encoder(nn.Module):
         Raises:
             CflowError: If the file is missing, unreadable, lacks a needed tensor or has one of another shape.
         """
-        weights = read_weights(path)
-        self._load(weights, source=str(path))
+        self.load_weights(read_weights(path), source=str(path))
 
-    def _load(self, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    def load_weights(self, weights: Mapping[str, torch.Tensor], source: str) -> None:
+        """Load weights in timm's parameter names; see :meth:`load_file`.
+
+        Args:
+            weights: What the backbone needs, and maybe more.
+            source: Where they come from, for messages.
+
+        Raises:
+            CflowError: If a needed tensor is missing, not finite or of another shape.
+        """
         needed = self.network.state_dict()
         missing = [name for name in needed if name not in weights and not name.endswith("num_batches_tracked")]
         if missing:
@@ -280,6 +304,13 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         )
         raise CflowError(msg) from error
     return weights
+
+
+def _reflect(network: nn.Module) -> None:
+    """Let all convolutions that pad mirror their input."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and any(module.padding):
+            module.padding_mode = "reflect"
 
 
 def _truncate(network: nn.Module, layers: Sequence[str]) -> nn.Module:

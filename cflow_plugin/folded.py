@@ -13,7 +13,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from cflow_plugin.encoder import Encoder
-from cflow_plugin.flow import ConditionalFlow
+from cflow_plugin.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.position import positional_encoding_2d
 from cflow_plugin.scoring import AnomalyScoring
 
@@ -66,7 +66,12 @@ class FoldedFlow(nn.Module):
     :math:`t' = G_2 t + O_2` out of rescaled second-layer weights, and :math:`s, t` from :math:`z_1` by rescaled
     first-layer weights. No global scale or offset is left; they have moved into the linear layers and, for the first
     block, into the whitening. The condition's part of the first layer is a constant of each position, the logarithms of
-    all scales are one number, and where the halves merely swap no permutation is left either.
+    all scales are one number, and where the halves merely swap no permutation is left either. The last block needs none
+    of any kind: the likelihood depends on the norm of :math:`u` alone.
+
+    A soft permutation does not let an affine function of each element through. There the block works on :math:`x`
+    itself, and what stands between it and the next one is a single linear map,
+    :math:`x \mapsto G \odot R (\Psi \odot x + b) + O`.
 
     Args:
         flow: The decoder; it is copied, not referred to.
@@ -83,13 +88,24 @@ class FoldedFlow(nn.Module):
         gain = torch.ones(len(kept), dtype=torch.float64, device=kept.device)
         offset = torch.zeros_like(gain)
         log_det = whitening.log_det.double()
-        folded = []
+        folded, exchanges = [], []
         for block in reversed(blocks):
             scale = 0.1 * functional.softplus(block.global_scale[0].double(), beta=0.5)
+            shift = block.global_offset[0].double()
             log_det = log_det + scale.log().sum()
-            inverse = block.permutation.argsort()
-            gain, offset = gain[inverse], offset[inverse]
-            gain, offset = gain * scale, gain * block.global_offset[0].double() + offset
+            if not folded:
+                gain, offset = scale, shift
+            elif block.rotation is None:
+                inverse = block.permutation.argsort()
+                gain, offset = gain[inverse], offset[inverse]
+                gain, offset = gain * scale, gain * shift + offset
+                exchanges.insert(0, _Exchange(block))
+            else:
+                rotation = gain[:, None] * block.rotation.double()
+                exchanges.insert(
+                    0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, kept), block.passive)
+                )
+                gain, offset = torch.ones_like(gain), torch.zeros_like(offset)
             folded.insert(0, _FoldedBlock(block, gain, offset, height, width))
             offset = torch.cat([offset[: block.passive], torch.zeros_like(offset[block.passive :])])
         self.dimensions = len(kept)
@@ -100,6 +116,7 @@ class FoldedFlow(nn.Module):
         self.whitening_first = _linear(weight[:half, :half], bias[:half], kept)
         self.whitening_second = _linear(weight[half:], bias[half:], kept)
         self.blocks = nn.ModuleList(folded)
+        self.exchanges = nn.ModuleList(exchanges)
         self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -116,10 +133,11 @@ class FoldedFlow(nn.Module):
         first = self.whitening_first(vectors[..., : self.whitening_first.in_features])
         second = self.whitening_second(vectors)
         total: torch.Tensor | None = None
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             log_scale, second = block(first, second)
             total = log_scale.clone() if total is None else total.add_(log_scale)
-            first, second = block.exchange(first, second)
+            if index < len(self.exchanges):
+                first, second = self.exchanges[index](first, second)
         energy = total.sum(-1) - 0.5 * (first.square().sum(-1) + second.square().sum(-1))
         return (energy / self.dimensions + self.constant).unflatten(1, size)
 
@@ -127,7 +145,7 @@ class FoldedFlow(nn.Module):
 class _FoldedBlock(nn.Module):
     """A coupling block on the folded flow's own coordinates."""
 
-    def __init__(self, block: nn.Module, gain: torch.Tensor, offset: torch.Tensor, height: int, width: int) -> None:
+    def __init__(self, block: CouplingBlock, gain: torch.Tensor, offset: torch.Tensor, height: int, width: int) -> None:
         super().__init__()
         like = block.global_scale
         self.passive, self.active, self.clamp = block.passive, block.active, block.clamp
@@ -155,9 +173,6 @@ class _FoldedBlock(nn.Module):
         weight[self.active :] *= gain[self.passive :, None]
         bias[self.active :] = bias[self.active :] * gain[self.passive :] + offset[self.passive :]
         self.second = _linear(weight, bias, like)
-        self.swaps = block.swaps and self.passive == self.active
-        self.permutation: torch.Tensor | None
-        self.register_buffer("permutation", None if self.swaps else block.permutation.clone())
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform the active half; return its log-scale and itself, both ``(B, P, active)``."""
@@ -168,12 +183,33 @@ class _FoldedBlock(nn.Module):
         log_scale = torch.tanh(log_scale).mul_(self.clamp)
         return log_scale, torch.addcmul(shift, second, torch.exp(log_scale))
 
-    def exchange(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the halves the roles they have in the next block."""
-        if self.swaps:
+
+class _Exchange(nn.Module):
+    """What a permutation leaves: the halves get the roles they have in the next block."""
+
+    def __init__(self, block: CouplingBlock) -> None:
+        super().__init__()
+        self.sizes = [block.passive, block.active]
+        swaps = block.swaps and block.passive == block.active
+        self.permutation: torch.Tensor | None
+        self.register_buffer("permutation", None if swaps else block.permutation.clone())
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.permutation is None:
             return second, first
-        y = torch.cat([first, second], -1).index_select(-1, self.permutation)
-        return y.split([self.passive, self.active], dim=-1)
+        return torch.cat([first, second], -1).index_select(-1, self.permutation).split(self.sizes, dim=-1)
+
+
+class _Rotation(nn.Module):
+    """A soft permutation between two blocks, with the affine functions on either side of it."""
+
+    def __init__(self, linear: nn.Linear, passive: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = [passive, linear.out_features - passive]
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(torch.cat([first, second], -1)).split(self.sizes, dim=-1)
 
 
 def _fold_batch_norm(encoder: Encoder) -> Encoder:

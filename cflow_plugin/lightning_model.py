@@ -2,10 +2,11 @@
 
 __all__ = ["CflowPlugin"]
 
+import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
+from cflow_plugin.encoder import Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
@@ -64,8 +66,11 @@ class CflowPlugin(AnomalibModule):
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the coupling blocks' log-scales.
-        permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper.
+        permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper,
+            ``soft`` multiplies it by a random orthogonal matrix as the original code does.
         neighbourhood: Average each feature over this many cells in either direction (odd); 1 as in the paper.
+        padding: What the encoder's convolutions see beyond the border: ``zeros``, or their own input mirrored
+            (``reflect``), as in the original code's ResNets.
         whiten: Start the decoders from the training features' covariance. The paper does not.
         noise: Standard deviation of the noise added to training features, in units of their own (whitened) standard
             deviation. It keeps the decoders from learning few training images by heart. 0 as in the paper.
@@ -113,6 +118,7 @@ class CflowPlugin(AnomalibModule):
         clamp: float = 1.9,
         permutation: Permutation = "swap",
         neighbourhood: int = 3,
+        padding: Padding = "zeros",
         whiten: bool = True,
         noise: float = 0.6,
         sigma: float = 4.0,
@@ -165,6 +171,7 @@ class CflowPlugin(AnomalibModule):
             clamp=clamp,
             permutation=permutation,
             neighbourhood=neighbourhood,
+            padding=padding,
             sigma=sigma,
             top_fraction=top_fraction,
             position_correction=position_correction,
@@ -235,10 +242,28 @@ class CflowPlugin(AnomalibModule):
         checkpoint["cflow_plugin_seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note that the weights are those of the checkpoint."""
+        """Take over the checkpoint's settings, and note that the weights are its own."""
         super().on_load_checkpoint(checkpoint)
+        self._become(checkpoint.get("hyper_parameters", {}))
         self._seed = checkpoint.get("cflow_plugin_seed")
         self._encoder_is_loaded = self._decoders_are_whitened = True
+
+    def _become(self, settings: Mapping[str, Any]) -> None:
+        """Build the model anew if a checkpoint was made with other settings: its weights and thresholds need them."""
+        settings = {name: list(value) if name == "image_size" else value for name, value in settings.items()}
+        made_with = {name: settings[name] for name in inspect.signature(CflowModel).parameters if name in settings}
+        other = {name: value for name, value in made_with.items() if value != self.hparams.get(name)}
+        if other:
+            self.model = CflowModel(**made_with).to(self.device)
+        if settings.get("image_size") not in (None, list(self.hparams["image_size"])):
+            other["image_size"] = settings["image_size"]
+            datamodule = self._trainer.datamodule if self._trainer else None
+            if datamodule is not None:  # it resizes images, too, and was set up for the size that has been replaced
+                datamodule._update_augmentations()  # noqa: SLF001
+        if other:
+            found = ", ".join(f"{name}={value}" for name, value in other.items())
+            logger.info("The checkpoint was made with %s; this is what is used.", found)
+            self.hparams.update(other)
 
     # Training
 

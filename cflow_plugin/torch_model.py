@@ -9,7 +9,7 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
-from cflow_plugin.encoder import Encoder
+from cflow_plugin.encoder import Encoder, Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.flow import ConditionalFlow, Permutation
 from cflow_plugin.folded import FoldedModel
@@ -28,6 +28,7 @@ class CflowModel(nn.Module):
         clamp: Soft clamp of the blocks' log-scales.
         permutation: Permutation between the blocks, see :class:`~cflow_plugin.flow.CouplingBlock`.
         neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
+        padding: What the encoder's convolutions see beyond the border, see :class:`~cflow_plugin.encoder.Encoder`.
         sigma: Smoothing of the anomaly map, in pixels.
         top_fraction: Part of the map's highest values that makes the image score.
         position_correction: See :class:`~cflow_plugin.scoring.AnomalyScoring`.
@@ -45,13 +46,14 @@ class CflowModel(nn.Module):
         clamp: float = 1.9,
         permutation: Permutation = "swap",
         neighbourhood: int = 3,
+        padding: Padding = "zeros",
         sigma: float = 4.0,
         top_fraction: float = 0.01,
         position_correction: float = 0.25,
     ) -> None:
         super().__init__()
         self.condition_dims = condition_dims
-        self.encoder = Encoder(backbone, layers, neighbourhood)
+        self.encoder = Encoder(backbone, layers, neighbourhood, padding)
         self.decoders = nn.ModuleList(
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
             for channels in self.encoder.channels
@@ -124,7 +126,8 @@ class CflowModel(nn.Module):
         """
         if not self.scoring.is_calibrated:
             msg = (
-                "This model has not been trained. Run `anomalib train` first and pass the checkpoint it writes with "
+                "This model has not been trained, or was imported without images to calibrate it on. Pass the "
+                "checkpoint that `anomalib train`, or `cflow-plugin import-checkpoint --images FOLDER`, writes with "
                 "--ckpt_path."
             )
             raise CflowError(msg)

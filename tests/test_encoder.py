@@ -29,7 +29,7 @@ def test_the_paper_s_layers(name):
 
 def test_features_are_those_of_the_whole_network(resnet):
     encoder = Encoder("resnet18", ["layer1", "layer3"])
-    encoder._load(resnet.state_dict(), source="test")
+    encoder.load_weights(resnet.state_dict(), source="test")
     images = torch.randn(2, 3, 64, 64)
     hidden = resnet.layer1(resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(images)))))
     expected = [hidden, resnet.layer3(resnet.layer2(hidden))]
@@ -41,7 +41,7 @@ def test_the_last_projection_of_mobilenet():
     torch.manual_seed(0)
     network = create_model("mobilenetv3_large_100").eval()
     encoder = Encoder("mobilenetv3_large_100")
-    encoder._load(network.state_dict(), source="test")
+    encoder.load_weights(network.state_dict(), source="test")
     seen = []
     # The original code hooks the projection convolution's batch norm in the last block of the stage.
     network.blocks[5].register_forward_hook(lambda *arguments: seen.append(arguments[-1]))

@@ -25,7 +25,7 @@ def randomise(module):
 
 @pytest.mark.parametrize("dimensions", [6, 7])
 @pytest.mark.parametrize("condition_dims", [0, 8])
-@pytest.mark.parametrize("permutation", ["swap", "random"])
+@pytest.mark.parametrize("permutation", ["swap", "random", "soft"])
 def test_coupling_block_equals_freias(dimensions, condition_dims, permutation):
     dims_c = [(condition_dims,)] if condition_dims else []
 
@@ -37,8 +37,7 @@ def test_coupling_block_equals_freias(dimensions, condition_dims, permutation):
         [(dimensions,)], dims_c, subnet_constructor=subnet, affine_clamping=1.9, permute_soft=False
     ).double()  # FrEIA makes its permutation in single precision whatever the default is
     weights = block.state_dict()
-    index = weights.pop("permutation")
-    matrix = torch.eye(dimensions)[index]
+    matrix = weights.pop("rotation") if permutation == "soft" else torch.eye(dimensions)[weights.pop("permutation")]
     weights["w_perm"], weights["w_perm_inv"] = matrix, matrix.T
     reference.load_state_dict(weights)
 
@@ -51,7 +50,7 @@ def test_coupling_block_equals_freias(dimensions, condition_dims, permutation):
 
 @pytest.mark.parametrize("dimensions", [4, 5])
 @pytest.mark.parametrize("condition_dims", [0, 4])
-@pytest.mark.parametrize("permutation", ["swap", "random"])
+@pytest.mark.parametrize("permutation", ["swap", "random", "soft"])
 def test_inverse_and_log_determinant(dimensions, condition_dims, permutation):
     flow = randomise(ConditionalFlow(dimensions, condition_dims, coupling_blocks=3, permutation=permutation))
     flow.whitening.fit(torch.randn(200, dimensions) @ torch.randn(dimensions, dimensions) + 2)

@@ -35,7 +35,7 @@ def unfolded(flow, features):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("whiten", [True, False])
-@pytest.mark.parametrize("permutation", ["swap", "random"])
+@pytest.mark.parametrize("permutation", ["swap", "random", "soft"])
 @pytest.mark.parametrize("condition_dims", [0, 8])
 @pytest.mark.parametrize("dimensions", [2, 5, 12, 17])
 def test_folded_equals_unfolded(dimensions, condition_dims, permutation, whiten, size, dtype, tolerance):
