@@ -87,7 +87,7 @@ def read_mask(file: Path | str, frame: int) -> NDArray[np.uint8]:
     Returns:
         1 where a pixel is anomalous and 0 elsewhere, shape ``(H, W)``.
     """
-    return (np.load(file, mmap_mode="r")[frame] != 0).astype(np.uint8)
+    return (np.load(file, mmap_mode="r")[frame] != 0).view(np.uint8)
 
 
 def compare_labels_with_masks(clips: Sequence[Clip], folder: Path) -> dict[str, list[int]]:
