@@ -22,14 +22,17 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in processes that are started, too
     from cflow_plugin.benchmark import benchmark
     from cflow_plugin.comparison import compare
+    from cflow_plugin.data.scenes import make_scenes
     from cflow_plugin.import_checkpoint import import_checkpoint
     from cflow_plugin.watch import watch
 
     if arguments[:1] == ["import-checkpoint"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments = [arguments[0], "--checkpoint", *arguments[1:]]
-    auto_cli(
-        {"benchmark": benchmark, "compare": compare, "import-checkpoint": import_checkpoint, "watch": watch},
-        args=arguments,
-        as_positional=False,
-        prog="cflow-plugin",
-    )
+    commands = {
+        "benchmark": benchmark,
+        "compare": compare,
+        "import-checkpoint": import_checkpoint,
+        "make-scenes": make_scenes,
+        "watch": watch,
+    }
+    auto_cli(commands, args=arguments, as_positional=False, prog="cflow-plugin")

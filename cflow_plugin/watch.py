@@ -3,9 +3,11 @@
 __all__ = ["watch"]
 
 import csv
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -13,16 +15,21 @@ from typing import Literal
 import cv2
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 from rich.progress import Progress
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.score_plot import plot_scores
+from cflow_plugin.sources import open_source
+from cflow_plugin.timeline import Smoother, Truth, frame_auroc, read_truth
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 _RED, _GREEN = (60, 60, 230), (80, 180, 60)  # blue, green, red
 _FRAME_RATE_MEMORY = 0.9  # of the running mean, a frame
+_PLOT, _METRICS = "score_over_time.png", "metrics.json"
+_ANOMALIB_THRESHOLD = 0.5  # where anomalib's normalisation of scores puts it
 
 
 def watch(
@@ -34,36 +41,61 @@ def watch(
     device: str = "CPU",
     precision: Literal["f32", "bf16", "f16"] = "f32",
     limit: int | None = None,
+    smoothing: float = 0.0,
+    threshold: float | None = None,
+    frame_rate: float = 25.0,
+    truth: Path | None = None,
 ) -> None:
     """Score images as they come, with an exported model.
 
-    Scores go to ``scores.csv`` in the output folder, and pictures with the anomaly map over the image beside it: a
-    picture for each image of a folder, a video for a video or camera. Ctrl-C, or q in the window, ends it.
+    Each score goes to ``scores.csv`` in the output folder as soon as it is there, and pictures with the anomaly map
+    over the image beside it: a picture for each image of a folder, a video for a video or camera. At the end
+    ``score_over_time.png`` shows all scores, and with ground truth ``metrics.json`` holds the frame-level AUROC.
+    Ctrl-C, or q in the window, ends it.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
-        source: A folder, an image, a video file, or the number of a camera (0 is the first).
+        source: A folder, an image, a video file, or the number of a camera (0 is the first). A folder's images are
+            taken in natural order, 9.jpg before 10.jpg.
         output: Folder for the results.
         show: Show the pictures in a window.
         overlays: Write the pictures to files.
         device: OpenVINO device, for example CPU, GPU or AUTO.
         precision: What OpenVINO computes in where the model is not INT8.
         limit: End after this many images.
+        smoothing: Smooth scores over about this many seconds of the past, and decide by the smoothed score.
+        threshold: Scores above it are anomalies. By default the model decides, and smoothed scores are held against
+            0.5, where anomalib's models have their threshold.
+        frame_rate: Images a second in a folder, for the time of each; a video and a camera know theirs.
+        truth: What is truly anomalous: a .npy file with one number a frame (ShanghaiTech's test_frame_mask), or a CSV
+            file with the first and last frame of each anomaly, counted from 0.
     """
+    smoother = Smoother(smoothing)
+    if not frame_rate > 0:
+        message = f"The frame rate must be above 0, got {frame_rate}."
+        raise CflowError(message)
+    known = None if truth is None else read_truth(truth)
     run = _load(model, device, precision)
-    frames, total = _open(source)
+    frames, total, is_film, rate = open_source(source, frame_rate)
+    if known is not None and known.total not in (None, total) and not is_film:
+        message = f"{truth} is of {known.total} frames, but {source} holds {total} images: is it of another clip?"
+        raise CflowError(message)
     output.mkdir(parents=True, exist_ok=True)
+    for name in (_PLOT, _METRICS):  # an earlier run's, which would be taken for this one's
+        (output / name).unlink(missing_ok=True)
     unread: list[str] = []
-    count, rate = 0, 0.0
+    history = _History()
+    speed = 0.0
     with ExitStack() as stack:
-        table = csv.writer(stack.enter_context((output / "scores.csv").open("w", newline="")))
-        table.writerow(["image", "score", "anomalous", "milliseconds"])
+        file = stack.enter_context((output / "scores.csv").open("w", newline=""))
+        table = csv.writer(file)
+        table.writerow(["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"])
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("Watching", total=min(total, limit) if total and limit else total or limit)
         film: cv2.VideoWriter | None = None
         try:
-            for name, frame in frames:
-                if limit is not None and count >= limit:
+            for index, (name, moment, frame) in enumerate(frames):
+                if limit is not None and len(history.scores) >= limit:
                     break
                 if frame is None:
                     unread.append(name)
@@ -72,18 +104,28 @@ def watch(
                 start = time.perf_counter()
                 result = run(frame)
                 spent = time.perf_counter() - start
-                count += 1
-                rate = 1 / spent if count == 1 else _FRAME_RATE_MEMORY * rate + (1 - _FRAME_RATE_MEMORY) / spent
-                score, anomalous = float(result["pred_score"][0]), bool(result["pred_label"][0])
-                table.writerow([name, f"{score:.6f}", int(anomalous), f"{1000 * spent:.2f}"])
-                progress.update(task, advance=1, description=f"{rate:.0f} images/s, score {score:.3f}")
+                speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) / spent if history.scores else 1 / spent
+                score = float(result["pred_score"][0])
+                smoothed = smoother(moment, score)
+                if threshold is None and smoothing == 0:
+                    anomalous = bool(result["pred_label"][0])
+                else:
+                    anomalous = smoothed > (_ANOMALIB_THRESHOLD if threshold is None else threshold)
+                history.add(index, moment, score, smoothed)
+                shown = [f"{moment:.3f}", f"{score:.6f}", f"{smoothed:.6f}", int(anomalous), f"{1000 * spent:.2f}"]
+                table.writerow([index, name, *shown])
+                file.flush()
+                progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):
                     continue
-                picture = _overlay(frame, result["anomaly_map"][0, 0], score, anomalous, rate)
-                if overlays and _is_film(source):
+                picture = _overlay(frame, result["anomaly_map"][0, 0], smoothed, anomalous, speed)
+                if overlays and is_film:
                     if film is None:
                         film = cv2.VideoWriter(
-                            str(output / "overlay.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25, picture.shape[1::-1]
+                            str(output / "overlay.mp4"),
+                            cv2.VideoWriter.fourcc(*"mp4v"),
+                            rate or frame_rate,
+                            picture.shape[1::-1],
                         )
                         stack.callback(film.release)
                     film.write(picture)
@@ -93,13 +135,59 @@ def watch(
                     break
         except KeyboardInterrupt:
             logger.info("Ended by the user.")
-    logger.info("%d images, %.1f a second at last; results are in %s.", count, rate, output.resolve())
+    count = len(history.scores)
+    if count:
+        history.report(output, smoothing > 0, _ANOMALIB_THRESHOLD if threshold is None else threshold, known)
+    logger.info("%d images, %.1f a second at last; results are in %s.", count, speed, output.resolve())
     if unread:
         message = f"{len(unread)} images could not be read ({', '.join(unread[:3])}…); all others are in scores.csv."
         raise CflowError(message)
     if count == 0:
         message = f"There is no image in {source}."
         raise CflowError(message)
+
+
+class _History:
+    """All that was scored, in 32 bytes a frame."""
+
+    def __init__(self) -> None:
+        self.frames = array("q")
+        self.times = array("d")
+        self.scores = array("d")
+        self.smoothed = array("d")
+
+    def add(self, frame: int, moment: float, score: float, smoothed: float) -> None:
+        for series, value in zip(
+            (self.frames, self.times, self.scores, self.smoothed), (frame, moment, score, smoothed), strict=True
+        ):
+            series.append(value)
+
+    def report(self, output: Path, is_smoothed: bool, threshold: float, known: Truth | None) -> None:
+        """Write the plot and, where the truth is known, the metrics."""
+        truth = None if known is None else known.of(self.frames)
+        smoothed = self.smoothed if is_smoothed else None
+        title = "" if known is None else self._measure(output, smoothed, truth, known.total)
+        plot_scores(output / _PLOT, self.times, self.scores, smoothed, threshold, truth, title)
+
+    def _measure(
+        self, output: Path, smoothed: Sequence[float] | None, truth: NDArray[np.bool_], total: int | None
+    ) -> str:
+        """Write the frame-level AUROC, and return it in words."""
+        judged = np.full(len(truth), True) if total is None else np.asarray(self.frames) < total
+        if not judged.all():
+            logger.warning("The ground truth ends at frame %d; later frames are left out of the AUROC.", total - 1)
+        truth = truth[judged]
+        metrics = {"frame_AUROC": frame_auroc(np.asarray(self.scores)[judged], truth)}
+        if metrics["frame_AUROC"] is None:
+            what = "nothing normal" if truth.any() else "no anomaly"
+            logger.warning("The frame-level AUROC is left out: there is %s among the frames scored.", what)
+            return ""
+        if smoothed is not None:
+            metrics["frame_AUROC_smoothed"] = frame_auroc(np.asarray(smoothed)[judged], truth)
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+        logger.info("%s (%d frames, %d of them anomalous)", words, len(truth), truth.sum())
+        (output / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        return words
 
 
 def _load(path: Path, device: str, precision: str) -> Callable[[np.ndarray], Mapping]:
@@ -131,46 +219,6 @@ def _load(path: Path, device: str, precision: str) -> Callable[[np.ndarray], Map
         steps.build(), device, {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     )
     return lambda frame: compiled([frame[None]])
-
-
-def _is_film(source: str) -> bool:
-    path = Path(source)
-    return source.isdigit() or (path.is_file() and path.suffix.lower() not in _IMAGES)
-
-
-def _open(source: str) -> tuple[Iterator[tuple[str, np.ndarray | None]], int | None]:
-    """The images of a source with their names (``None`` where one cannot be read), and their number if it is known."""
-    path = Path(source)
-    if _is_film(source):
-        capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
-        if not capture.isOpened():
-            what = f"camera {source}" if source.isdigit() else f"{source} as a video"
-            message = f"{what} could not be opened."
-            raise CflowError(message)
-        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        return _frames(capture), count if count > 0 else None
-    if not path.exists():
-        message = f"There is nothing at {source}: name a folder, an image, a video file or the number of a camera."
-        raise CflowError(message)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
-    root = path.parent if path.is_file() else path
-    return ((str(file.relative_to(root)), _read(file)) for file in files), len(files)
-
-
-def _frames(capture: cv2.VideoCapture) -> Iterator[tuple[str, np.ndarray]]:
-    index = 0
-    while True:
-        there, frame = capture.read()
-        if not there:
-            capture.release()
-            return
-        yield f"{index:06d}", frame
-        index += 1
-
-
-def _read(path: Path) -> np.ndarray | None:
-    # Decoded from memory: OpenCV's own reading of files stumbles over names beyond ASCII on some systems.
-    return cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)
 
 
 def _write(path: Path, picture: np.ndarray) -> None:

@@ -92,6 +92,20 @@ def test_configs_combine(parse):
     assert config.data.init_args.train_augmentations.init_args.degrees == [-5, 5]
 
 
+def test_a_config_for_each_scene_of_shanghaitech(parse):
+    paths = {path.stem: path for path in CONFIGS if path.stem.startswith("scene_")}
+    assert set(paths) == {f"scene_{scene:02d}" for scene in range(1, 13)}
+    for name, path in paths.items():
+        given = yaml.safe_load(path.read_text())
+        assert given["data"]["init_args"]["scene"] == int(name[-2:])
+        assert given["model"]["init_args"]["backbone"] == "wide_resnet50_2"
+    config = parse("--config", ROOT / "configs/paper.yaml", "--config", paths["scene_07"], "--data.frame_step", "1")
+    assert config.model.init_args.epochs == 100
+    assert config.data.class_path.endswith("ShanghaiTechFrames")
+    assert config.data.init_args.scene == 7
+    assert config.data.init_args.train_augmentations.init_args.degrees == [-5, 5]
+
+
 @pytest.mark.parametrize("name", ["CflowPlugin", "cflow_plugin.CflowPlugin"])
 def test_short_and_full_name(parse, name):
     config = parse("--model", name, "--model.backbone", "gabor", "--data", "Textures", "--data.category", "grille")

@@ -1,11 +1,19 @@
 import csv
+import json
+import logging
+import threading
+import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from cflow_plugin import CflowError
+from cflow_plugin.cli import main
+from cflow_plugin.data.textures import draw
+from cflow_plugin.timeline import Smoother
 from cflow_plugin.watch import watch
 
 
@@ -28,6 +36,20 @@ def pictures(tmp_path):
 def read_scores(folder):
     with (folder / "scores.csv").open() as file:
         return {row["image"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Twelve frames in a folder, their numbers not padded, and which of them are said to be anomalous."""
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    truth = np.isin(np.arange(12), [2, 3, 4, 9])
+    for number, kind in enumerate(np.where(truth, "hole", "good")):
+        picture = draw("weave", str(kind), "test", number, size=64).image
+        cv2.imwrite(str(folder / f"{number}.png"), picture[..., ::-1])
+    np.save(tmp_path / "truth.npy", truth.astype(np.uint8))
+    (tmp_path / "truth.csv").write_text("start,end\n2,4\n9,9\n")
+    return folder, truth
 
 
 def test_a_folder(exported, trained, pictures, tmp_path):
@@ -60,7 +82,7 @@ def test_a_damaged_image_costs_only_itself(exported, pictures, tmp_path):
     with pytest.raises(CflowError, match=r"1 images could not be read \(broken.png"):
         watch(exported, str(pictures), tmp_path / "out", overlays=False)
     assert set(read_scores(tmp_path / "out")) == {"a.png", "deeper/ü.png"}
-    assert not list((tmp_path / "out").glob("*.png"))
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["score_over_time.png"]
 
 
 @pytest.mark.parametrize(
@@ -81,3 +103,101 @@ def test_what_cannot_be_watched(exported, tmp_path, model, source, words):
     source = source if source.isdigit() else str(tmp_path / source)
     with pytest.raises(CflowError, match=words):
         watch(path, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["truth.npy", "truth.csv"])
+def test_a_clip_with_its_truth(exported, clip, tmp_path, file):
+    folder, truth = clip
+    main(
+        ["watch", "--model", str(exported), "--source", str(folder), "--output", str(tmp_path / "out")]
+        + ["--overlays", "false", "--frame_rate", "10", "--smoothing", "0.2", "--threshold", "0.4"]
+        + ["--truth", str(tmp_path / file)]
+    )
+    rows = read_scores(tmp_path / "out")
+    assert list(rows) == [f"{number}.png" for number in range(12)]
+    assert [int(row["frame"]) for row in rows.values()] == list(range(12))
+    assert [float(row["time"]) for row in rows.values()] == pytest.approx(np.arange(12) / 10)
+    scores, smoothed = ([float(row[name]) for row in rows.values()] for name in ("score", "smoothed"))
+    smoother = Smoother(0.2)
+    assert smoothed == pytest.approx([smoother(index / 10, score) for index, score in enumerate(scores)], abs=2e-6)
+    assert [row["anomalous"] == "1" for row in rows.values()] == [value > 0.4 for value in smoothed]
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["frame_AUROC"] == pytest.approx(roc_auc_score(truth, scores))
+    assert metrics["frame_AUROC_smoothed"] == pytest.approx(roc_auc_score(truth, smoothed))
+    assert cv2.imread(str(tmp_path / "out/score_over_time.png")).std() > 0
+
+
+def test_smoothing_does_not_look_ahead(exported, clip, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    watch(exported, str(clip[0]), whole, overlays=False, smoothing=0.1)
+    watch(exported, str(clip[0]), part, overlays=False, smoothing=0.1, limit=7)
+    rows = read_scores(whole)
+    assert len(rows) == 12
+    assert [row["smoothed"] for row in read_scores(part).values()] == [row["smoothed"] for row in rows.values()][:7]
+    assert len({row["score"] == row["smoothed"] for row in rows.values()}) == 2
+
+
+def test_an_unreadable_frame_keeps_its_number(exported, clip, tmp_path):
+    (clip[0] / "3.png").write_bytes(b"")
+    with pytest.raises(CflowError, match=r"1 images could not be read \(3.png"):
+        watch(exported, str(clip[0]), tmp_path / "out", overlays=False, truth=tmp_path / "truth.npy")
+    rows = read_scores(tmp_path / "out")
+    assert [int(row["frame"]) for row in rows.values()] == [0, 1, 2, *range(4, 12)]
+    expected = roc_auc_score(np.delete(clip[1], 3), [float(row["score"]) for row in rows.values()])
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["frame_AUROC"] == pytest.approx(expected)
+
+
+def test_truth_of_another_clip(exported, clip, tmp_path):
+    np.save(tmp_path / "truth.npy", np.zeros(13))
+    with pytest.raises(CflowError, match="13 frames, but .* 12 images"):
+        watch(exported, str(clip[0]), tmp_path / "out", truth=tmp_path / "truth.npy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_longer_than_its_truth(exported, tmp_path, caplog):
+    film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
+    for image in np.random.default_rng(2).integers(0, 255, (6, 6, 8, 3), dtype=np.uint8):
+        film.write(cv2.resize(image, (80, 60)))
+    film.release()
+    np.save(tmp_path / "truth.npy", np.array([0, 1, 0, 1]))
+    with caplog.at_level(logging.WARNING):
+        watch(exported, str(tmp_path / "film.avi"), tmp_path / "out", truth=tmp_path / "truth.npy")
+    assert "ends at frame 3" in caplog.text
+    rows = list(read_scores(tmp_path / "out").values())
+    assert [float(row["time"]) for row in rows] == pytest.approx(np.arange(6) / 10)
+    expected = roc_auc_score([0, 1, 0, 1], [float(row["score"]) for row in rows[:4]])
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["frame_AUROC"] == pytest.approx(expected)
+    assert cv2.VideoCapture(str(tmp_path / "out/overlay.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+
+
+def test_metrics_of_an_earlier_run_do_not_stay(exported, clip, tmp_path, caplog):
+    watch(exported, str(clip[0]), tmp_path / "out", overlays=False, truth=tmp_path / "truth.npy")
+    assert (tmp_path / "out/metrics.json").is_file()
+    np.save(tmp_path / "truth.npy", np.zeros(12))
+    with caplog.at_level(logging.WARNING):
+        watch(exported, str(clip[0]), tmp_path / "out", overlays=False, truth=tmp_path / "truth.npy")
+    assert "no anomaly" in caplog.text
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
+def test_rows_are_there_while_it_runs(exported, tmp_path):
+    film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 64))
+    for shade in range(1000):
+        film.write(np.full((64, 64, 3), shade % 250, np.uint8))
+    film.release()
+    arguments = (exported, str(tmp_path / "film.avi"), tmp_path / "out")
+    watching = threading.Thread(target=watch, args=arguments, kwargs={"overlays": False}, daemon=True)
+    watching.start()
+    table, seen = tmp_path / "out/scores.csv", 0
+    while watching.is_alive() and seen < 1:
+        time.sleep(0.001)
+        seen = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+    assert 0 < seen < 1000
+    watching.join()
+    assert len(read_scores(tmp_path / "out")) == 1000
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"smoothing": -1.0}, "Smoothing"), ({"frame_rate": 0.0}, "rate")])
+def test_settings_out_of_range(exported, clip, tmp_path, settings, words):
+    with pytest.raises(CflowError, match=words):
+        watch(exported, str(clip[0]), tmp_path / "out", **settings)

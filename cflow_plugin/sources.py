@@ -1,0 +1,115 @@
+"""Where images come from when there is no data set: a folder, a video or a camera."""
+
+__all__ = ["IMAGES", "Frame", "Source", "natural_order", "open_source", "read_image"]
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from cflow_plugin.errors import CflowError
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+
+class Frame(NamedTuple):
+    """One image of a source.
+
+    Attributes:
+        name: Path below the folder, or the number of the frame in six digits.
+        time: Seconds since the first image.
+        image: Shape ``(H, W, 3)``, bytes, blue first; ``None`` where the file cannot be read.
+    """
+
+    name: str
+    time: float
+    image: np.ndarray | None
+
+
+class Source(NamedTuple):
+    """Images in their order.
+
+    Attributes:
+        frames: The images, each read when it is asked for.
+        total: Their number, ``None`` where it is not known.
+        is_film: Whether they are the frames of one video or camera, all of one size.
+        rate: Frames a second where these are known to be evenly spaced.
+    """
+
+    frames: Iterator[Frame]
+    total: int | None
+    is_film: bool
+    rate: float | None
+
+
+def natural_order(path: Path) -> list[list[tuple[int, str]]]:
+    """Sorting key by which ``9.jpg`` comes before ``10.jpg``.
+
+    Example:
+        >>> sorted([Path("10.jpg"), Path("9.jpg")], key=natural_order)[0].name
+        '9.jpg'
+    """
+    parts = [re.findall(r"\d+|\D+", part) for part in path.parts]
+    return [[(int(piece), piece) if piece.isdecimal() else (-1, piece) for piece in pieces] for pieces in parts]
+
+
+def open_source(source: str, frame_rate: float) -> Source:
+    """Open a folder, an image, a video file or a camera.
+
+    Args:
+        source: Its path, or the number of a camera.
+        frame_rate: Images a second in a folder.
+
+    Raises:
+        CflowError: If there is nothing at that path or it cannot be opened.
+    """
+    path = Path(source)
+    if source.isdigit() or (path.is_file() and path.suffix.lower() not in IMAGES):
+        return _open_film(source)
+    if not path.exists():
+        message = f"There is nothing at {source}: name a folder, an image, a video file or the number of a camera."
+        raise CflowError(message)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in IMAGES]
+    root = path.parent if path.is_file() else path
+    files = sorted((file.relative_to(root) for file in files), key=natural_order)
+    frames = (Frame(str(file), index / frame_rate, read_image(root / file)) for index, file in enumerate(files))
+    return Source(frames, len(files), is_film=False, rate=frame_rate)
+
+
+def _open_film(source: str) -> Source:
+    is_camera = source.isdigit()
+    capture = cv2.VideoCapture(int(source) if is_camera else source)
+    if not capture.isOpened():
+        what = f"camera {source}" if is_camera else f"{source} as a video"
+        message = f"{what} could not be opened."
+        raise CflowError(message)
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    rate = None if is_camera or not rate > 0 else rate
+    return Source(_film_frames(capture, rate), count if count > 0 else None, is_film=True, rate=rate)
+
+
+def _film_frames(capture: cv2.VideoCapture, rate: float | None) -> Iterator[Frame]:
+    index, start = 0, None
+    try:
+        while True:
+            there, image = capture.read()
+            if not there:
+                return
+            now = time.monotonic()
+            start = now if start is None else start
+            yield Frame(f"{index:06d}", index / rate if rate else now - start, image)
+            index += 1
+    finally:
+        capture.release()
+
+
+def read_image(path: Path) -> np.ndarray | None:
+    """Read an image as ``(H, W, 3)``, bytes, blue first; ``None`` if it cannot be read."""
+    # Decoded from memory: OpenCV's own reading of files stumbles over names beyond ASCII on some systems.
+    data = np.fromfile(path, dtype=np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
