@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
     # anomalib's and timm's imports warn of each other; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     from cflow_plugin.benchmark import benchmark
+    from cflow_plugin.monitor import monitor
     from cflow_plugin.watch import watch
 
-    auto_cli({"benchmark": benchmark, "watch": watch}, args=arguments, as_positional=False, prog="cflow-plugin")
+    commands = {"benchmark": benchmark, "monitor": monitor, "watch": watch}
+    auto_cli(commands, args=arguments, as_positional=False, prog="cflow-plugin")

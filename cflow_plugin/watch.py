@@ -17,6 +17,7 @@ from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 from rich.progress import Progress
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.held_out_scores import held_out_scores
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ def watch(
 ) -> None:
     """Score images as they come, with an exported model.
 
-    Scores go to ``scores.csv`` in the output folder, and pictures with the anomaly map over the image beside it: a
-    picture for each image of a folder, a video for a video or camera. Ctrl-C, or q in the window, ends it.
+    Scores go to ``scores.csv`` in the output folder (with conformal p-values, where the model was trained with a
+    false-alarm rate), and pictures with the anomaly map over the image beside it: a picture for each image of a folder,
+    a video for a video or camera. Ctrl-C, or q in the window, ends it.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
@@ -51,13 +53,14 @@ def watch(
         limit: End after this many images.
     """
     run = _load(model, device, precision)
+    good = held_out_scores(model)
     frames, total = _open(source)
     output.mkdir(parents=True, exist_ok=True)
     unread: list[str] = []
     count, rate = 0, 0.0
     with ExitStack() as stack:
         table = csv.writer(stack.enter_context((output / "scores.csv").open("w", newline="")))
-        table.writerow(["image", "score", "anomalous", "milliseconds"])
+        table.writerow(["image", "score", "anomalous", "milliseconds", *(["p_value"] if good is not None else [])])
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("Watching", total=min(total, limit) if total and limit else total or limit)
         film: cv2.VideoWriter | None = None
@@ -75,7 +78,8 @@ def watch(
                 count += 1
                 rate = 1 / spent if count == 1 else _FRAME_RATE_MEMORY * rate + (1 - _FRAME_RATE_MEMORY) / spent
                 score, anomalous = float(result["pred_score"][0]), bool(result["pred_label"][0])
-                table.writerow([name, f"{score:.6f}", int(anomalous), f"{1000 * spent:.2f}"])
+                p_value = [] if good is None else [f"{(1 + (good >= score).sum()) / (1 + len(good)):.6f}"]
+                table.writerow([name, f"{score:.6f}", int(anomalous), f"{1000 * spent:.2f}", *p_value])
                 progress.update(task, advance=1, description=f"{rate:.0f} images/s, score {score:.3f}")
                 if not (show or overlays):
                     continue
