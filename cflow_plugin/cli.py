@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     from cflow_plugin.comparison import compare
     from cflow_plugin.data.scenes import make_scenes
     from cflow_plugin.import_checkpoint import import_checkpoint
+    from cflow_plugin.monitor import monitor
     from cflow_plugin.watch import watch
 
     if arguments[:1] == ["import-checkpoint"] and len(arguments) > 1 and not arguments[1].startswith("-"):
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compare": compare,
         "import-checkpoint": import_checkpoint,
         "make-scenes": make_scenes,
+        "monitor": monitor,
         "watch": watch,
     }
     auto_cli(commands, args=arguments, as_positional=False, prog="cflow-plugin")

@@ -5,13 +5,15 @@ __all__ = [
     "TrainingImages",
     "compress",
     "convert_to_openvino",
+    "note_in_onnx",
     "quantize",
     "quantize_with_accuracy_control",
 ]
 
 import logging
+import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +139,24 @@ def convert_to_openvino(
     _keep_positions_in_parts(converted, inference.model)
     _name_matrix_products(converted, inference.model)
     return converted
+
+
+def note_in_onnx(path: Path, notes: Mapping[str, str]) -> None:
+    """Add notes to an ONNX file's metadata.
+
+    Args:
+        path: The file.
+        notes: Texts by their keys; without any the file is left alone.
+    """
+    if not notes:
+        return
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, {**{entry.key: entry.value for entry in model.metadata_props}, **notes})
+    passing = path.with_name(f".{path.name}")
+    onnx.save(model, passing)
+    os.replace(passing, path)
 
 
 def _keep_positions_in_parts(converted: ov.Model, model: FoldedModel) -> None:

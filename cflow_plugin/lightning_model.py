@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data.utils import ValSplitMode
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -31,11 +32,14 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
+from cflow_plugin.conformal import check_enough
 from cflow_plugin.encoder import Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.flow import Permutation
+from cflow_plugin.held_out import choose_held_out, given_images, part_of
+from cflow_plugin.post_processing import ConformalPostProcessor
 from cflow_plugin.pre_processing import CflowPreProcessor
 from cflow_plugin.torch_model import CflowModel
 
@@ -87,6 +91,13 @@ class CflowPlugin(AnomalibModule):
         learning_rate: Peak learning rate of Adam.
         schedule: ``one_cycle`` or ``cosine``.
         warmup_epochs: Epochs of linear warm-up before ``cosine``.
+        target_false_alarm_rate: Share of good images that may be called anomalous, for example 0.05. Thresholds then
+            come from good images that are held out of training, and nothing is fitted on validation images. By default
+            anomalib's thresholds, which maximise F1 on the validation images. See
+            :class:`~cflow_plugin.post_processing.ConformalPostProcessor`.
+        held_out_share: Share of the training images that is held out where a false-alarm rate is asked for and does not
+            need more of them.
+        held_out_images: Folder of other good images to take instead; then all training images are trained on.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
@@ -130,6 +141,9 @@ class CflowPlugin(AnomalibModule):
         learning_rate: float = 2e-3,
         schedule: Literal["one_cycle", "cosine"] = "one_cycle",
         warmup_epochs: int = 0,
+        target_false_alarm_rate: float | None = None,
+        held_out_share: float = 0.2,
+        held_out_images: str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -147,6 +161,14 @@ class CflowPlugin(AnomalibModule):
         if not noise >= 0:
             msg = f"noise must not be negative, got {noise}."
             raise CflowError(msg)
+        if not 0 < held_out_share <= 0.5:
+            msg = f"held_out_share must lie above 0 and not above 0.5, got {held_out_share}."
+            raise CflowError(msg)
+        if target_false_alarm_rate is not None and post_processor is not True:
+            msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
+            raise CflowError(msg)
+        if post_processor is True:
+            post_processor = ConformalPostProcessor(target_false_alarm_rate)
         super().__init__(
             pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
             post_processor=post_processor,
@@ -163,6 +185,8 @@ class CflowPlugin(AnomalibModule):
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.warmup_epochs = warmup_epochs
+        self.held_out_share = held_out_share
+        self.held_out_images = held_out_images
         self.model: CflowModel = CflowModel(
             backbone=backbone,
             layers=layers,
@@ -181,6 +205,8 @@ class CflowPlugin(AnomalibModule):
         self._calibrated_step = -1
         self._seed: int | None = None
         self._bank: FeatureBank | None = None
+        self._held_out: dict[str, Any] | None = None
+        self._held_out_loader: DataLoader | None = None
 
     # What anomalib asks a model
 
@@ -226,6 +252,7 @@ class CflowPlugin(AnomalibModule):
         if self.trainer.check_val_every_n_epoch == 1 and loops.max_epochs and loops.max_epochs > 0:
             # Thresholds are wanted of the trained model only.
             self.trainer.check_val_every_n_epoch = loops.max_epochs
+        self._warn_of_thresholds_from_test_images()
         if not isinstance(loops._data_source.instance, _Steps):  # noqa: SLF001
             loops._data_source = copy(loops._data_source)  # noqa: SLF001
             loops._data_source.instance = _Steps(self, copy(loops._data_source).dataloader)  # noqa: SLF001
@@ -236,16 +263,78 @@ class CflowPlugin(AnomalibModule):
             self.model.encoder.load(self.weights, self.pre_trained)
         self._encoder_is_loaded = True
 
+    def _warn_of_thresholds_from_test_images(self) -> None:
+        split = getattr(self.trainer.datamodule, "val_split_mode", None)
+        fitted = isinstance(self.post_processor, PostProcessor) and not self._decides_by_rate
+        if fitted and split == ValSplitMode.SAME_AS_TEST and self.trainer.limit_val_batches:
+            logger.warning(
+                "The validation images of these data are the test images, so decision thresholds will be fitted on "
+                "what they are tested on. With --model.target_false_alarm_rate 0.05 they come from good images alone."
+            )
+
+    @property
+    def _decides_by_rate(self) -> bool:
+        return isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal
+
+    def hold_out(self, images: DataLoader) -> DataLoader:
+        """Set good images aside for the thresholds, if a false-alarm rate is asked for.
+
+        Args:
+            images: Loader of training images.
+
+        Returns:
+            Loader of the images to train on.
+
+        Raises:
+            CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
+        """
+        if not self._decides_by_rate:
+            return images
+        # Thresholds of an earlier training would not fit the weights that are saved from now on.
+        self.post_processor.forget()
+        rate, total = self.post_processor.target_false_alarm_rate, len(images.dataset)
+        if self.held_out_images is not None:
+            self._held_out_loader = given_images(self.held_out_images)
+            check_enough(len(self._held_out_loader.dataset), rate)
+            return images
+        if self._held_out is None:
+            if self._decoders_are_whitened:
+                msg = (
+                    "This model has been trained on all training images, so none is left for a false-alarm rate. Train "
+                    "anew with target_false_alarm_rate, or name other good images with --model.held_out_images."
+                )
+                raise CflowError(msg)
+            indices = choose_held_out(total, rate, self.held_out_share, self._training_seed())
+            self._held_out = {"images": total, "indices": indices}
+            logger.info("%d of %d training images are held out for the thresholds.", len(indices), total)
+        elif self._held_out["images"] != total:
+            msg = (
+                f"Images were held out of {self._held_out['images']} training images, and now there are {total}: some "
+                "that were trained on would count as held out. Train anew, or go on with the same images."
+            )
+            raise CflowError(msg)
+        indices = self._held_out["indices"]
+        check_enough(len(indices), rate)
+        self._held_out_loader = part_of(images, indices, augmented=False)
+        return part_of(images, sorted(set(range(total)) - set(indices)))
+
+    def _training_seed(self) -> int:
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**31
+        return self._seed
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the training batches, for a resumed run to continue with."""
+        """Keep the seed of the training batches and the held-out images, for a resumed run to continue with."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["cflow_plugin_seed"] = self._seed
+        checkpoint["cflow_plugin_held_out"] = self._held_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's settings, and note that the weights are its own."""
         super().on_load_checkpoint(checkpoint)
         self._become(checkpoint.get("hyper_parameters", {}))
         self._seed = checkpoint.get("cflow_plugin_seed")
+        self._held_out = checkpoint.get("cflow_plugin_held_out")
         self._encoder_is_loaded = self._decoders_are_whitened = True
 
     def _become(self, settings: Mapping[str, Any]) -> None:
@@ -275,10 +364,9 @@ class CflowPlugin(AnomalibModule):
             epoch: Number of the epoch.
             steps: Number of batches.
         """
-        if self._seed is None:
-            self._seed = torch.initial_seed() % 2**31
+        seed = self._training_seed()
         if self._bank is None or _is_random(getattr(images.dataset, "augmentations", None)):
-            self._bank = self._fill_bank(images, torch.Generator().manual_seed(self._seed))
+            self._bank = self._fill_bank(images, torch.Generator().manual_seed(seed))
         bank = self._bank
         if not self._decoders_are_whitened:
             if self.whiten:
@@ -287,7 +375,7 @@ class CflowPlugin(AnomalibModule):
             self._decoders_are_whitened = True
         cells = [height * width for height, width in bank.sizes]
         vectors = [max(1, self.vectors_per_step * count // cells[0]) for count in cells]
-        generator = torch.Generator().manual_seed(self._seed + 1 + epoch)
+        generator = torch.Generator().manual_seed(seed + 1 + epoch)
         yield from bank.batches(steps, vectors, generator, with_noise=self.noise > 0)
 
     @torch.no_grad()
@@ -295,10 +383,7 @@ class CflowPlugin(AnomalibModule):
         logger.info("Extracting the features of %d training images.", len(images.dataset))
         bank = None
         # The loader anew, unshuffled: the bank's order, and with it a resumed run, must not depend on earlier draws.
-        ordered = DataLoader(
-            images.dataset, batch_size=images.batch_size, num_workers=images.num_workers, collate_fn=images.collate_fn
-        )
-        for batch in ordered:
+        for batch in part_of(images, range(len(images.dataset))):
             pixels = batch.image.to(self.device)
             if self.pre_processor:
                 pixels = self.pre_processor(pixels)
@@ -372,14 +457,15 @@ class CflowPlugin(AnomalibModule):
             self._calibrated_step = self.global_step
 
     def on_train_epoch_end(self) -> None:
-        """Set the scoring constants before a checkpoint is written."""
-        if self._calibrated_step == self.global_step:
-            return
+        """Set the scoring constants, and when training ends the thresholds, before a checkpoint is written."""
         trainer = self.trainer
         last = (
             trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs or self.global_step == trainer.max_steps
         )
-        self._calibrate(_CALIBRATION_IMAGES if last else _INTERIM_CALIBRATION_IMAGES)
+        if self._calibrated_step != self.global_step:
+            self._calibrate(_CALIBRATION_IMAGES if last else _INTERIM_CALIBRATION_IMAGES)
+        if last:
+            self._set_thresholds()
 
     @torch.no_grad()
     def _calibrate(self, images: int) -> None:
@@ -398,9 +484,26 @@ class CflowPlugin(AnomalibModule):
             likelihoods.append(likelihood.unflatten(1, size))
         self.model.scoring.calibrate(likelihoods)
 
+    @torch.no_grad()
+    def _set_thresholds(self) -> None:
+        """Score the held-out images as new ones would be, and set the thresholds by them."""
+        if self._held_out_loader is None:
+            return
+        training = self.model.training
+        self.model.eval()
+        scores, maxima = [], []
+        for batch in self._held_out_loader:
+            pixels = batch.image.to(self.device)
+            result = self.model(self.pre_processor(pixels) if self.pre_processor else pixels)
+            scores.append(result.pred_score)
+            maxima.append(result.anomaly_map.flatten(1).amax(1))
+        self.model.train(training)
+        self.post_processor.calibrate(torch.cat(scores), torch.cat(maxima))
+
     def on_fit_end(self) -> None:
         """Give the features' memory back."""
         self._bank = None
+        self._held_out_loader = None
 
     # Use
 
@@ -433,12 +536,15 @@ class CflowPlugin(AnomalibModule):
         Returns:
             The file's path.
         """
-        from cflow_plugin.export import InferenceGraph
+        from cflow_plugin.export import InferenceGraph, note_in_onnx
+        from cflow_plugin.held_out_scores import describe
 
         self._check_exportable()
         # What the exporter writes by itself; an older version would be asked of it in vain.
         kwargs = {"opset_version": 18, "verbose": False, **kwargs}
-        return InferenceGraph(self, input_size).to_onnx(export_root, model_file_name, input_size, **kwargs)
+        path = InferenceGraph(self, input_size).to_onnx(export_root, model_file_name, input_size, **kwargs)
+        note_in_onnx(path, describe(self.post_processor))
+        return path
 
     def to_openvino(
         self,
@@ -477,6 +583,7 @@ class CflowPlugin(AnomalibModule):
         import openvino
 
         from cflow_plugin.export import compress, convert_to_openvino
+        from cflow_plugin.held_out_scores import describe
 
         del task, onnx_kwargs
         self._check_exportable()
@@ -488,6 +595,8 @@ class CflowPlugin(AnomalibModule):
         model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
         if kind is not None:
             model = compress(model, kind, datamodule, metric, max_drop)
+        for key, value in describe(self.post_processor).items():
+            model.set_rt_info(value, key)
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
         openvino.save_model(model, path, compress_to_fp16=kind == CompressionType.FP16)
         return path
@@ -496,6 +605,8 @@ class CflowPlugin(AnomalibModule):
         if not self.model.scoring.is_calibrated:
             msg = "Only a trained model can be exported: pass the checkpoint that training wrote with --ckpt_path."
             raise CflowError(msg)
+        if self._decides_by_rate:
+            self.post_processor.check_calibrated()
 
 
 class _Steps:
@@ -509,7 +620,7 @@ class _Steps:
     @property
     def images(self) -> DataLoader:
         if self._images is None:
-            self._images = self._make_images()
+            self._images = self._module.hold_out(self._make_images())
         return self._images
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 from rich.progress import Progress
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.held_out_scores import held_out_scores
 from cflow_plugin.score_plot import plot_scores
 from cflow_plugin.sources import open_source
 from cflow_plugin.timeline import Smoother, Truth, frame_auroc, read_truth
@@ -48,10 +49,10 @@ def watch(
 ) -> None:
     """Score images as they come, with an exported model.
 
-    Each score goes to ``scores.csv`` in the output folder as soon as it is there, and pictures with the anomaly map
-    over the image beside it: a picture for each image of a folder, a video for a video or camera. At the end
-    ``score_over_time.png`` shows all scores, and with ground truth ``metrics.json`` holds the frame-level AUROC.
-    Ctrl-C, or q in the window, ends it.
+    Each score goes to ``scores.csv`` in the output folder as soon as it is there (with its conformal p-value, where the
+    model was trained with a false-alarm rate), and pictures with the anomaly map over the image beside it: a picture
+    for each image of a folder, a video for a video or camera. At the end ``score_over_time.png`` shows all scores, and
+    with ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
@@ -76,6 +77,7 @@ def watch(
         raise CflowError(message)
     known = None if truth is None else read_truth(truth)
     run = _load(model, device, precision)
+    good = held_out_scores(model)
     frames, total, is_film, rate = open_source(source, frame_rate)
     if known is not None and known.total not in (None, total) and not is_film:
         message = f"{truth} is of {known.total} frames, but {source} holds {total} images: is it of another clip?"
@@ -89,7 +91,8 @@ def watch(
     with ExitStack() as stack:
         file = stack.enter_context((output / "scores.csv").open("w", newline=""))
         table = csv.writer(file)
-        table.writerow(["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"])
+        columns = ["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"]
+        table.writerow([*columns, *(["p_value"] if good is not None else [])])
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("Watching", total=min(total, limit) if total and limit else total or limit)
         film: cv2.VideoWriter | None = None
@@ -113,7 +116,8 @@ def watch(
                     anomalous = smoothed > (_ANOMALIB_THRESHOLD if threshold is None else threshold)
                 history.add(index, moment, score, smoothed)
                 shown = [f"{moment:.3f}", f"{score:.6f}", f"{smoothed:.6f}", int(anomalous), f"{1000 * spent:.2f}"]
-                table.writerow([index, name, *shown])
+                p_value = [] if good is None else [f"{(1 + (good >= score).sum()) / (1 + len(good)):.6f}"]
+                table.writerow([index, name, *shown, *p_value])
                 file.flush()
                 progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):

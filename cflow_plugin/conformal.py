@@ -1,0 +1,93 @@
+"""Thresholds and p-values from the scores of held-out normal images (split conformal prediction)."""
+
+__all__ = ["check_enough", "images_needed", "p_values", "threshold_rank"]
+
+from fractions import Fraction
+from math import ceil, floor
+
+import torch
+
+from cflow_plugin.errors import CflowError
+
+
+def images_needed(rate: float) -> int:
+    """How many held-out normal images a false-alarm rate needs at least, ``ceil(1 / rate) - 1``.
+
+    Args:
+        rate: False-alarm rate, between 0 and 1.
+
+    Raises:
+        CflowError: If the rate does not lie between 0 and 1.
+
+    Example:
+        >>> images_needed(0.05)
+        19
+    """
+    return ceil(1 / _exact(rate)) - 1
+
+
+def threshold_rank(images: int, rate: float) -> int:
+    """Which of the held-out scores, in ascending order and counted from 1, is the threshold.
+
+    It is the ``ceil((n + 1) (1 - rate))``-th. If n held-out images and a new normal one are exchangeable, each of the
+    n + 1 ranks of the new score is equally likely, so that it lies above the threshold with a probability of at most
+    ``rate``, and of more than ``rate - 1 / (n + 1)`` where no two scores are equal. That holds for any model, any
+    distribution and every n, on average over the draw of the held-out images; of one draw the rate itself is random
+    and follows a Beta(l, n + 1 - l) distribution, ``l = floor((n + 1) rate)``: more held-out images bring it closer.
+
+    Args:
+        images: Number n of held-out normal images.
+        rate: False-alarm rate, between 0 and 1.
+
+    Raises:
+        CflowError: If there are too few images for the rate, or it does not lie between 0 and 1.
+
+    References:
+        Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World. Springer 2005, sections 2.2 and 4.1.
+    """
+    check_enough(images, rate)
+    return images + 1 - floor((images + 1) * _exact(rate))
+
+
+def check_enough(images: int, rate: float) -> None:
+    """Refuse a rate that so many held-out images cannot vouch for.
+
+    Args:
+        images: Number of held-out normal images.
+        rate: False-alarm rate.
+
+    Raises:
+        CflowError: If there are too few.
+    """
+    needed = images_needed(rate)
+    if images < needed:
+        msg = (
+            f"A false-alarm rate of {rate:g} needs at least {needed} good images that are not trained on; there are "
+            f"{images}. Add images, or ask for a rate of {1 / (images + 1):.3g} or more."
+        )
+        raise CflowError(msg)
+
+
+def p_values(scores: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+    r"""Conformal p-values, ``(1 + #{held-out scores >= score}) / (n + 1)``.
+
+    For a normal image that is exchangeable with the held-out ones, :math:`P(p \le a) \le a` for every a.
+
+    Args:
+        scores: Any shape.
+        held_out: Held-out scores in ascending order, ``(n,)``.
+
+    Returns:
+        p-values between ``1 / (n + 1)`` and 1, shaped as ``scores``.
+    """
+    images = len(held_out)
+    below = torch.searchsorted(held_out, scores.to(held_out).contiguous())
+    return (1 + images - below).to(held_out.dtype) / (images + 1)
+
+
+def _exact(rate: float) -> Fraction:
+    """The decimal number that was asked for: in binary, 100 * 0.07 is more than 7 and would cost an image."""
+    if not 0 < rate < 1:
+        msg = f"target_false_alarm_rate must lie between 0 and 1, got {rate}."
+        raise CflowError(msg)
+    return Fraction(str(float(rate)))

@@ -1,0 +1,214 @@
+"""Say when new images no longer score as the held-out ones did: the camera, the light or the process has changed."""
+
+__all__ = ["ExchangeabilityTest", "monitor"]
+
+import bisect
+import csv
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from cflow_plugin.errors import CflowError
+from cflow_plugin.held_out_scores import held_out_scores, read_scores
+
+logger = logging.getLogger(__name__)
+
+# Bets are 1 + s L(p) with L a Legendre polynomial on [0, 1]: the first sees scores shift, the second spread or narrow.
+_STRENGTHS = np.array([-1.0, -0.5, 0.5, 1.0])
+_CHANGED = 3  # exit code; 1 is an error's, 2 a wrong command line's
+
+
+class ExchangeabilityTest:
+    r"""A conformal test martingale: evidence that scores have changed, valid however long one looks.
+
+    Each new score gets a p-value by its rank among all scores so far, the reference's included, ties broken at random.
+    As long as all are exchangeable, the p-values are independent and uniform. So no betting against that can be
+    expected to win: whoever starts with 1 and bets on each p-value has a capital :math:`M_t` with
+    :math:`E M_t = 1`, and by Ville's inequality :math:`P(\exists t: M_t \ge 1 / \delta) \le \delta`. A capital of 100
+    is reached with a probability of at most 1 % in all eternity, unless something has changed.
+
+    The capital is spread over bets on higher, lower, wider and narrower scores, and put in little by little, the share
+    1 / (t (t + 1)) at step t: a change meets fresh money whenever it comes, and a late one is found as surely.
+
+    Args:
+        reference: Scores of good images, in any order, ``(n,)``.
+        seed: Seed of the tie-breaking.
+
+    Attributes:
+        log_capital: Natural logarithm of the capital.
+
+    References:
+        Vovk, Nouretdinov, Gammerman: Testing Exchangeability On-Line. ICML 2003.
+    """
+
+    def __init__(self, reference: Iterable[float], seed: int = 0) -> None:
+        self._seen = sorted(float(score) for score in reference)
+        self._generator = np.random.default_rng(seed)
+        self._steps = 0
+        self._log_stakes = np.full(2 * len(_STRENGTHS), -math.inf)
+        self.log_capital = 0.0
+
+    def update(self, score: float) -> float:
+        """Look at one more score.
+
+        Args:
+            score: The score.
+
+        Returns:
+            Its p-value among all so far: small for a score that is higher than most.
+        """
+        low, high = bisect.bisect_left(self._seen, score), bisect.bisect_right(self._seen, score)
+        ties = high - low + 1  # itself among them
+        p = (len(self._seen) - high + ties * self._generator.random()) / (len(self._seen) + 1)
+        self._seen.insert(high, float(score))
+        self._steps += 1
+        fresh = -math.log(self._steps * (self._steps + 1) * len(self._log_stakes))
+        shift = 2 * p - 1
+        spread = 6 * p * p - 6 * p + 1
+        with np.errstate(divide="ignore"):  # a bet may lose all it has
+            gains = np.log1p(np.concatenate([_STRENGTHS * shift, _STRENGTHS * spread]))
+        self._log_stakes = np.logaddexp(self._log_stakes, fresh) + gains
+        reserve = -math.log(self._steps + 1)
+        self.log_capital = float(np.logaddexp.reduce([reserve, *self._log_stakes]))
+        return p
+
+
+def monitor(
+    recent: Path,
+    reference: Path,
+    error_rate: float = 0.01,
+    output: Path = Path("results/monitor"),
+    seed: int = 0,
+) -> None:
+    """Say whether recent images still score as the good images did that the thresholds come from.
+
+    A moved camera, an ageing lamp or another batch of material shift the scores of good parts, and with them the
+    false-alarm rate, long before anybody notices. This test raises a false alarm with a probability of at most
+    --error_rate over the whole sequence, however long it is and however often it is repeated as the sequence grows.
+    Scores are taken in the order in which they stand in the table. Defects count as what they are, unusual: a share of
+    them that grows is a change, too; give the scores of parts known to be good to leave them out of it.
+
+    Writes to the output folder monitor.json (the verdict), monitor.csv (each image's p-value and the evidence so far)
+    and monitor.png (both as a plot). Exit code: 0 where nothing has changed, 3 where something has, 1 for an error.
+
+    Args:
+        recent: Table of recent scores, oldest first: the scores.csv of `cflow-plugin watch`, or any .csv with a column
+            "score". A folder of images, too, if the reference is an exported model; they go through it by name.
+        reference: What the good parts' scores were: an exported model (.xml, .onnx) or checkpoint (.ckpt) trained with
+            target_false_alarm_rate, or a .csv of the same model's scores of other good parts.
+        error_rate: Highest probability of an alarm although nothing has changed.
+        output: Folder for the results.
+        seed: Seed that breaks ties between equal scores.
+    """
+    if not 0 < error_rate < 1:
+        message = f"--error_rate must lie between 0 and 1, got {error_rate}."
+        raise CflowError(message)
+    expected = held_out_scores(reference)
+    if expected is None:
+        message = (
+            f"{reference} holds no scores of held-out good images: train with --model.target_false_alarm_rate, or give "
+            "a table of good parts' scores (--reference scores.csv), as `cflow-plugin watch` writes it."
+        )
+        raise CflowError(message)
+    names, scores = _recent_scores(recent, reference)
+    test = ExchangeabilityTest(expected, seed)
+    p_values, evidence = [], []
+    for score in track(scores, "Comparing", transient=True):
+        p_values.append(test.update(score))
+        evidence.append(test.log_capital / math.log(10))
+    limit = -math.log10(error_rate)
+    alarm = next((index for index, value in enumerate(evidence) if value >= limit), None)
+    verdict = {
+        "changed": alarm is not None,
+        "alarm_at_image": None if alarm is None else names[alarm],
+        "alarm_after_images": None if alarm is None else alarm + 1,
+        "error_rate": error_rate,
+        "highest_evidence_log10": max(evidence),
+        "images": len(scores),
+        "reference_images": len(expected),
+        "median_score": float(np.median(scores)),
+        "reference_median_score": float(np.median(expected)),
+    }
+    _write_results(output, names, scores, p_values, evidence, verdict)
+    _plot(scores, expected, evidence, limit, alarm, output / "monitor.png")
+    logger.info("%s Results are in %s.", _sentence(verdict), output.resolve())
+    if alarm is not None:
+        raise SystemExit(_CHANGED)
+
+
+def _recent_scores(recent: Path, reference: Path) -> tuple[list[str], np.ndarray]:
+    if not recent.is_dir():
+        return read_scores(recent)
+    if reference.suffix.lower() not in {".xml", ".onnx"}:
+        message = f"To score the images in {recent} an exported model is needed: --reference model.xml."
+        raise CflowError(message)
+    from cflow_plugin.watch import watch
+
+    with tempfile.TemporaryDirectory() as folder:
+        watch(reference, str(recent), Path(folder), overlays=False)
+        return read_scores(Path(folder) / "scores.csv")
+
+
+def _sentence(verdict: dict) -> str:
+    medians = f"median score {verdict['median_score']:.3f}, {verdict['reference_median_score']:.3f} in the reference"
+    if not verdict["changed"]:
+        return (
+            f"No change: {verdict['images']} images score as the {verdict['reference_images']} good ones ({medians})."
+        )
+    when = f"after {verdict['alarm_after_images']} of {verdict['images']} images ({verdict['alarm_at_image']})"
+    return (
+        f"CHANGED: {when} the scores no longer fit the {verdict['reference_images']} good ones ({medians}). Check the "
+        "camera, the light and the parts; if the change is meant to stay, train anew."
+    )
+
+
+def _write_results(
+    folder: Path, names: list[str], scores: np.ndarray, p_values: list[float], evidence: list[float], verdict: dict
+) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        passing = folder / ".monitor.csv"
+        with passing.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "score", "p_value", "evidence_log10"])
+            for row in zip(names, scores, p_values, evidence, strict=True):
+                table.writerow([row[0], *(f"{value:.6f}" for value in row[1:])])
+        os.replace(passing, folder / "monitor.csv")
+        passing = folder / ".monitor.json"
+        passing.write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
+        os.replace(passing, folder / "monitor.json")
+    except OSError as error:
+        message = f"The results could not be written to {folder} ({error.strerror or error}); name another --output."
+        raise CflowError(message) from error
+
+
+def _plot(
+    scores: np.ndarray, expected: np.ndarray, evidence: list[float], limit: float, alarm: int | None, path: Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    low, middle, high = np.quantile(expected, [0.05, 0.5, 0.95])
+    above.axhspan(low, high, color="C2", alpha=0.2, label="nine in ten of the reference")
+    above.axhline(middle, color="C2", linewidth=1)
+    above.plot(scores, ".", markersize=3, color="C0", label="recent images")
+    above.set(ylabel="score")
+    below.plot(evidence, color="C0", label="evidence of a change")
+    below.axhline(limit, color="C3", linestyle="--", label=f"alarm, error rate {10**-limit:g}")
+    below.set(xlabel="image", ylabel="log10 of the capital")
+    for axes in (above, below):
+        if alarm is not None:
+            axes.axvline(alarm, color="C3", linewidth=1)
+        axes.legend(fontsize=8, loc="upper left")
+        axes.grid(visible=True, alpha=0.3)
+    passing = path.with_name(".monitor.png")
+    figure.savefig(passing, dpi=150)
+    os.replace(passing, path)

@@ -1,0 +1,184 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, kstest
+
+from cflow_plugin import CflowError
+from cflow_plugin.monitor import ExchangeabilityTest, monitor
+
+from .conftest import run_command
+
+
+def write_scores(path, scores):
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "score", "anomalous"])
+        table.writerows([f"{index}.png", f"{score:.6f}", 0] for index, score in enumerate(scores))
+    return path
+
+
+def capital_of(reference, stream, seed=0):
+    test = ExchangeabilityTest(reference, seed)
+    highest = 0.0
+    for score in stream:
+        test.update(score)
+        highest = max(highest, test.log_capital)
+    return highest
+
+
+def brute_force(p_values):
+    """The same bets as a plain sum over the times at which their money is put in."""
+    capital = []
+    for now in range(1, len(p_values) + 1):
+        total = 1 / (now + 1)
+        for start in range(1, now + 1):
+            for strength in (-1, -0.5, 0.5, 1):
+                for bet in (lambda p: 2 * p - 1, lambda p: 6 * p * p - 6 * p + 1):
+                    stake = 1 / (start * (start + 1) * 8)
+                    total += stake * math.prod(1 + strength * bet(p) for p in p_values[start - 1 : now])
+        capital.append(total)
+    return capital
+
+
+def test_the_capital_equals_brute_force():
+    generator = np.random.default_rng(0)
+    test = ExchangeabilityTest(generator.random(10))
+    p_values, capital = [], []
+    for score in generator.random(25) + 0.3:
+        p_values.append(test.update(score))
+        capital.append(math.exp(test.log_capital))
+    assert capital == pytest.approx(brute_force(p_values), rel=1e-9)
+
+
+def test_p_values_are_ranks():
+    generator = np.random.default_rng(1)
+    reference = list(generator.random(20))
+    test = ExchangeabilityTest(reference)
+    for score in generator.random(30):
+        p = test.update(score)
+        higher = sum(other > score for other in reference)
+        assert higher / (len(reference) + 1) <= p <= (higher + 1) / (len(reference) + 1)
+        reference.append(score)
+
+
+@pytest.mark.parametrize("decimals", [6, 1], ids=["distinct", "with ties"])
+def test_p_values_are_uniform_and_independent(decimals):
+    generator = np.random.default_rng(2)
+    found = []
+    for seed in range(1000):
+        scores = np.round(generator.gamma(3, 0.1, 24), decimals)
+        test = ExchangeabilityTest(scores[:20], seed)
+        found.append([test.update(score) for score in scores[20:]])
+    found = np.array(found)
+    for column in found.T:
+        assert kstest(column, "uniform").pvalue > 1e-3
+    correlations = np.corrcoef(found.T)[np.triu_indices(4, 1)]
+    assert abs(correlations).max() < 4 / 1000**0.5
+
+
+@pytest.mark.parametrize("error_rate", [0.2, 0.05])
+def test_false_alarms_are_as_rare_as_stated(error_rate):
+    generator = np.random.default_rng(3)
+    streams = 400
+    alarms = sum(
+        capital_of(scores[:30], scores[30:], seed) >= -math.log(error_rate)
+        for seed, scores in enumerate(generator.gamma(2, 0.1, (streams, 230)))
+    )
+    assert binomtest(alarms, streams, error_rate, alternative="greater").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x + 0.15, lambda x: x - 0.15, lambda x: 0.5 + 3 * (x - 0.5), lambda x: 0.5 + 0.2 * (x - 0.5)],
+    ids=["higher", "lower", "wider", "narrower"],
+)
+@pytest.mark.parametrize("before", [0, 300])
+def test_a_change_is_found(change, before):
+    found = 0
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        scores = generator.normal(0.5, 0.1, before + 240)
+        scores[40 + before :] = change(scores[40 + before :])
+        found += capital_of(scores[:40], scores[40:], seed) >= math.log(100)
+    assert found >= 19
+
+
+def test_the_command(tmp_path):
+    generator = np.random.default_rng(4)
+    good = write_scores(tmp_path / "good.csv", generator.normal(0.3, 0.05, 100))
+    same = write_scores(tmp_path / "same.csv", generator.normal(0.3, 0.05, 80))
+    moved = write_scores(tmp_path / "moved.csv", [*generator.normal(0.3, 0.05, 40), *generator.normal(0.4, 0.05, 60)])
+    out = run_command("cflow-plugin", "monitor", "--recent", same, "--reference", good, cwd=tmp_path)
+    assert "No change: 80 images" in out
+    verdict = json.loads((tmp_path / "results/monitor/monitor.json").read_text())
+    assert not verdict["changed"]
+    assert verdict["alarm_at_image"] is None
+
+    monitor_it = ["--recent", moved, "--reference", good, "--output", "there", "--error_rate", "0.001"]
+    out = run_command("cflow-plugin", "monitor", *monitor_it, cwd=tmp_path, expect=3)
+    assert "CHANGED" in out
+    assert "Traceback" not in out
+    verdict = json.loads((tmp_path / "there/monitor.json").read_text())
+    assert 40 < verdict["alarm_after_images"] < 80
+    assert verdict["alarm_at_image"] == f"{verdict['alarm_after_images'] - 1}.png"
+    with (tmp_path / "there/monitor.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 100
+    first = next(index for index, row in enumerate(rows) if float(row["evidence_log10"]) >= 3)
+    assert first + 1 == verdict["alarm_after_images"]
+    assert (tmp_path / "there/monitor.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"monitor.json", "monitor.csv", "monitor.png"}
+
+
+def test_it_explains_itself(tmp_path):
+    out = run_command("cflow-plugin", "monitor", "--help", cwd=tmp_path)
+    for word in ("--recent", "--reference", "--error_rate", "Exit code", "false alarm"):
+        assert word in out
+    assert "No help" not in out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no score in"),
+        ("image,score\n", "no score in"),
+        ("image,value\na,1\n", "Line 2 .* column 'score'"),
+        ("image,score\na,0.5\nb,nan\n", "Line 3 .* column 'score'"),
+        ("image,score\na,0.5\nb\n", "Line 3 .* column 'score'"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path, text, words):
+    good = write_scores(tmp_path / "good.csv", [0.1, 0.2])
+    (tmp_path / "bad.csv").write_text(text)
+    for recent, reference in (("bad.csv", good), (good, "bad.csv")):
+        with pytest.raises(CflowError, match=words):
+            monitor(tmp_path / recent, tmp_path / reference, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_compared(tmp_path, trained):
+    good = write_scores(tmp_path / "good.csv", [0.1, 0.2])
+    (tmp_path / "damaged.ckpt").write_bytes(b"nothing")
+    (tmp_path / "damaged.xml").write_bytes(b"nothing")
+    (tmp_path / "damaged.onnx").write_bytes(b"nothing")
+    (tmp_path / "picture.png").write_bytes(b"nothing")
+    (tmp_path / "images").mkdir()
+    for recent, reference, words in (
+        ("good.csv", "absent.csv", "no file"),
+        ("absent.csv", "good.csv", "could not be read"),
+        ("good.csv", "damaged.ckpt", "damaged"),
+        ("good.csv", "damaged.xml", "damaged"),
+        ("good.csv", "damaged.onnx", "damaged"),
+        ("good.csv", "picture.png", "no exported model"),
+        ("images", "good.csv", "exported model is needed"),
+    ):
+        with pytest.raises(CflowError, match=words):
+            monitor(tmp_path / recent, tmp_path / reference, output=tmp_path / "out")
+    with pytest.raises(CflowError, match="error_rate"):
+        monitor(good, good, error_rate=1.0)
+    without = trained.to_openvino(tmp_path, input_size=(64, 64))
+    with pytest.raises(CflowError, match="target_false_alarm_rate"):
+        monitor(good, without, output=tmp_path / "out")

@@ -1,0 +1,473 @@
+import csv
+import json
+import logging
+from fractions import Fraction
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino as ov
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.data.utils import ValSplitMode
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
+from anomalib.post_processing import PostProcessor
+from lightning import seed_everything
+from PIL import Image
+from scipy.stats import beta, betabinom, kstest
+
+from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.conformal import images_needed, p_values, threshold_rank
+from cflow_plugin.held_out import choose_held_out
+from cflow_plugin.held_out_scores import held_out_scores
+from cflow_plugin.monitor import monitor
+from cflow_plugin.post_processing import ConformalPostProcessor
+from cflow_plugin.watch import watch
+
+from .conftest import QUICK, make_engine, make_textures, run_command
+from .test_training import StopAfter
+
+RATE = 0.2
+DATA = {"train_good": 16}
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def quick_model(seed=0, **settings):
+    seed_everything(seed)
+    return CflowPlugin(**{**QUICK, "epochs": 2, "steps_per_epoch": 3, "target_false_alarm_rate": RATE, **settings})
+
+
+def buffers_of(model):
+    return {name: value.clone() for name, value in model.post_processor.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    datamodule = make_textures(tmp_path_factory.mktemp("data"), **DATA)
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+@pytest.fixture(scope="module")
+def calibrated(data, tmp_path_factory):
+    """A model that keeps a false-alarm rate, and the checkpoint that training wrote."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    model = quick_model()
+    make_engine(folder).fit(model, datamodule=data)
+    return model.eval(), next(folder.rglob("model.ckpt"))
+
+
+def post_processor_for(scores, maxima, rate):
+    post_processor = ConformalPostProcessor(rate)
+    post_processor.calibrate(torch.as_tensor(scores), torch.as_tensor(maxima))
+    return post_processor
+
+
+def decide(post_processor, scores, maps):
+    batch = InferenceBatch(pred_score=torch.as_tensor(scores), anomaly_map=torch.as_tensor(maps))
+    return post_processor(batch)
+
+
+# The rank and what it guarantees
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.07, 0.1, 0.29, 0.3, 0.5])
+def test_the_rank_is_the_least_that_keeps_the_rate(rate):
+    """A new score is equally likely to take each of the n + 1 ranks; it is above the k-th in n + 1 - k of them."""
+    exact = Fraction(str(rate))
+    for images in range(1, 250):
+        allowed = [rank for rank in range(1, images + 1) if Fraction(images + 1 - rank, images + 1) <= exact]
+        if allowed:
+            assert images >= images_needed(rate)
+            assert threshold_rank(images, rate) == min(allowed)
+        else:
+            assert images < images_needed(rate)
+            with pytest.raises(
+                CflowError, match=f"needs at least {images_needed(rate)} good images.*there are {images}"
+            ):
+                threshold_rank(images, rate)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 5.0, float("nan")])
+def test_what_is_no_rate_is_refused(rate):
+    with pytest.raises(CflowError, match="between 0 and 1"):
+        ConformalPostProcessor(rate)
+
+
+@pytest.mark.parametrize(("images", "rate"), [(19, 0.05), (40, 0.05), (99, 0.01), (30, 0.1)])
+def test_the_realised_rate_is_the_asked_one(images, rate):
+    """Over many draws of held-out and new images the rate is the asked one, and scatters as the theory says."""
+    generator = np.random.default_rng(images)
+    draws, new = 2000, 50
+    held_out = torch.from_numpy(generator.beta(3, 5, (draws, images)))
+    scores = torch.from_numpy(generator.beta(3, 5, (draws, new)))
+    alarms = []
+    for draw in range(draws):
+        result = decide(post_processor_for(held_out[draw], held_out[draw], rate), scores[draw], scores[draw][:, None])
+        assert torch.equal(result.pred_label, result.pred_mask[:, 0])
+        alarms.append(int(result.pred_label.sum()))
+    extreme = images + 1 - threshold_rank(images, rate)
+    # Alarms among new images that share their held-out images follow a beta-binomial distribution.
+    theory = betabinom(new, extreme, images + 1 - extreme)
+    low, high = theory.mean() + np.array([-4, 4]) * theory.std() / draws**0.5
+    assert low < np.mean(alarms) < high
+    assert theory.mean() / new <= rate
+    assert (
+        abs(np.mean(np.array(alarms) == 0) - theory.pmf(0)) < 4 * (theory.pmf(0) * (1 - theory.pmf(0)) / draws) ** 0.5
+    )
+
+
+def test_one_draw_s_rate_follows_a_beta_distribution():
+    generator = np.random.default_rng(1)
+    images, rate = 60, 0.1
+    held_out = np.sort(generator.random((3000, images)), axis=1)
+    true_rates = 1 - held_out[:, threshold_rank(images, rate) - 1]  # scores are uniform
+    assert kstest(true_rates, beta(6, images + 1 - 6).cdf).pvalue > 1e-3
+
+
+def test_pixels_are_tested_together():
+    """Normal maps of dependent pixels: the share that shows any anomalous pixel at all is the asked one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(count):
+        coarse = torch.rand(count, 1, 6, 6, generator=generator)
+        return torch.nn.functional.interpolate(coarse, (24, 24), mode="bilinear") ** 2
+
+    shown, draws = 0, 300
+    for _ in range(draws):
+        held_out, new = maps(39), maps(40)
+        post_processor = post_processor_for(held_out.flatten(1).mean(1), held_out.flatten(1).amax(1), 0.05)
+        result = decide(post_processor, new.flatten(1).mean(1), new)
+        any_pixel = result.pred_mask.flatten(1).any(1)
+        p = post_processor.pixel_p_values(result.anomaly_map)
+        assert torch.equal(p <= 0.05, result.pred_mask)
+        shown += int(any_pixel.sum())
+    theory = betabinom(40, 2, 38)
+    assert abs(shown / draws - theory.mean()) < 4 * theory.std() / draws**0.5
+
+
+def test_p_values_equal_brute_force_and_are_super_uniform():
+    generator = np.random.default_rng(2)
+    held_out = np.sort(np.round(generator.random(37), 1))  # with ties
+    scores = np.round(generator.random((4, 5)), 1)
+    found = p_values(torch.from_numpy(scores), torch.from_numpy(held_out)).numpy()
+    for index in np.ndindex(scores.shape):
+        assert found[index] == pytest.approx((1 + sum(held_out >= scores[index])) / 38)
+    # With every one of n + 1 exchangeable scores as the new one in turn, P(p <= a) <= a exactly.
+    together = np.round(generator.random(25), 1)
+    values = [
+        p_values(torch.tensor(together[i]), torch.from_numpy(np.sort(np.delete(together, i)))).item() for i in range(25)
+    ]
+    for level in np.linspace(0.04, 1, 97):
+        assert np.mean(np.array(values) <= level) <= level + 1e-12
+
+
+def test_a_decision_is_a_p_value_of_at_most_the_rate():
+    generator = np.random.default_rng(3)
+    for rate in (0.05, 0.1, 0.25):
+        held_out = np.round(generator.random(50), 2)
+        post_processor = post_processor_for(held_out, held_out, rate)
+        scores = np.concatenate([held_out, np.round(generator.random(200), 2)])
+        result = decide(post_processor, scores, scores[:, None, None, None])
+        expected = np.array([(1 + (held_out.astype(np.float32) >= s).sum()) / 51 <= rate for s in scores.astype("f4")])
+        assert np.array_equal(result.pred_label.numpy(), expected)
+        assert torch.equal(post_processor.image_p_values(result.pred_score) <= rate, result.pred_label)
+        assert torch.equal(post_processor.pixel_p_values(result.anomaly_map) <= rate, result.pred_mask)
+
+
+@pytest.mark.parametrize("level", [0.02, 0.4, 0.97])
+def test_normalisation_cuts_nothing_off(level):
+    """anomalib's normalisation clamps; the order of scores beyond the held-out ones must survive it."""
+    post_processor = post_processor_for(torch.full((9,), level), torch.full((9,), level), 0.1)
+    scores = torch.linspace(0, 1, 101)
+    result = decide(post_processor, scores, scores[:, None, None, None])
+    assert (result.pred_score.diff() > 0).all()
+    assert 0 <= result.pred_score.min()
+    assert result.pred_score.max() <= 1
+    assert torch.equal(result.pred_label, scores > torch.tensor(level))
+
+
+# Held-out images
+
+
+@pytest.mark.parametrize(
+    ("images", "rate", "share", "expected"), [(200, 0.05, 0.2, 40), (200, 0.01, 0.2, 99), (38, 0.05, 0.2, 19)]
+)
+def test_how_many_are_held_out(images, rate, share, expected):
+    chosen = choose_held_out(images, rate, share, seed=3)
+    assert len(set(chosen)) == len(chosen) == expected
+    assert set(chosen) <= set(range(images))
+    assert chosen == choose_held_out(images, rate, share, seed=3)
+    assert chosen != choose_held_out(images, rate, share, seed=4)
+
+
+def test_every_image_is_as_likely_to_be_held_out():
+    counts = np.bincount(np.concatenate([choose_held_out(20, 0.2, 0.25, seed) for seed in range(800)]), minlength=20)
+    assert counts.sum() == 800 * 5
+    assert (abs(counts - 200) < 5 * (800 * 0.25 * 0.75) ** 0.5).all()
+
+
+def test_too_few_images_are_refused_with_the_number_needed(tmp_path, data):
+    with pytest.raises(CflowError, match=r"0\.05 needs 19 good images.*38 in all; there are 16.*0\.111 or more"):
+        make_engine(tmp_path).fit(quick_model(target_false_alarm_rate=0.05), datamodule=data)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    folder = data.root / data.category / "test" / "good"  # four images
+    model = quick_model(target_false_alarm_rate=0.05, held_out_images=str(folder))
+    with pytest.raises(CflowError, match="needs at least 19 good images.*there are 4"):
+        make_engine(tmp_path).fit(model, datamodule=data)
+    with pytest.raises(CflowError, match="no image in"):
+        make_engine(tmp_path).fit(quick_model(held_out_images=str(tmp_path / "absent")), datamodule=data)
+
+
+def test_held_out_images_are_scored_as_new_ones_and_not_trained_on(calibrated, data):
+    model, _ = calibrated
+    held_out = model._held_out["indices"]
+    assert len(held_out) == 4
+    images = torch.stack([data.train_data[index].image for index in held_out])
+    with torch.no_grad():
+        result = model.model(model.pre_processor(images))
+    torch.testing.assert_close(model.post_processor.held_out_scores, result.pred_score.sort().values)
+    torch.testing.assert_close(model.post_processor.held_out_maxima, result.anomaly_map.amax((1, 2, 3)).sort().values)
+
+
+def test_another_held_out_image_changes_no_weight(tmp_path, data):
+    """The weights and scoring constants may not depend on what a held-out image shows."""
+    models = []
+    for index in range(2):
+        model = quick_model()
+        copy = make_textures(tmp_path / f"data{index}", **DATA)
+        copy.prepare_data()
+        if index:
+            for image in models[0]._held_out["indices"]:
+                path = copy.root / copy.category / "train" / "good" / f"{image:03}.png"
+                Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+        make_engine(tmp_path / f"run{index}").fit(model, datamodule=copy)
+        models.append(model)
+    assert_same(*({name: v.clone() for name, v in model.model.state_dict().items()} for model in models))
+    assert not torch.equal(*(model.post_processor.held_out_scores for model in models))
+
+
+def test_thresholds_depend_on_no_test_or_validation_image(tmp_path, calibrated):
+    for index, settings in enumerate(
+        ({"test_good": 2, "val_defect": 2}, {"val_split_mode": ValSplitMode.SAME_AS_TEST})
+    ):
+        model = quick_model()
+        data = make_textures(tmp_path / f"data{index}", **DATA, **settings)
+        make_engine(tmp_path / str(index)).train(model, datamodule=data)
+        assert_same(buffers_of(calibrated[0]), buffers_of(model))
+
+
+def test_given_images_leave_all_others_to_training(tmp_path, data):
+    folder = data.root / data.category / "test" / "good"
+    model, plain = quick_model(held_out_images=str(folder)), quick_model(target_false_alarm_rate=None)
+    make_engine(tmp_path / "given").fit(model, datamodule=data)
+    make_engine(tmp_path / "plain").fit(plain, datamodule=data)
+    assert_same(*({name: v.clone() for name, v in m.model.state_dict().items()} for m in (model, plain)))
+    images = torch.stack([item.image for item in data.test_data if "good" in item.image_path])
+    with torch.no_grad():
+        expected = model.eval().model(model.pre_processor(images)).pred_score
+    torch.testing.assert_close(model.post_processor.held_out_scores, expected.sort().values)
+
+
+# F1-adaptive thresholds stay
+
+
+def test_without_a_rate_it_is_anomalib_s(tmp_path, data):
+    models = [quick_model(target_false_alarm_rate=None), quick_model(target_false_alarm_rate=None)]
+    models[1].post_processor = PostProcessor()
+    for index, model in enumerate(models):
+        make_engine(tmp_path / str(index)).fit(model, datamodule=data)
+    found, expected = map(buffers_of, models)
+    assert torch.isfinite(expected["_image_threshold"])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(models[0].eval()(images).pred_mask, models[1].eval()(images).pred_mask)
+
+
+@pytest.mark.parametrize(("settings", "warned"), [({"target_false_alarm_rate": None}, True), ({}, False)])
+def test_thresholds_from_test_images_are_warned_of(tmp_path, data, caplog, settings, warned):
+    same = make_textures(data.root, **DATA, val_split_mode=ValSplitMode.SAME_AS_TEST)
+    with caplog.at_level(logging.WARNING):
+        make_engine(tmp_path).fit(quick_model(epochs=1, **settings), datamodule=same)
+    assert any("fitted on what they are tested on" in record.message for record in caplog.records) == warned
+
+
+# Thresholds travel
+
+
+def test_through_a_checkpoint(calibrated, data, tmp_path):
+    model, checkpoint = calibrated
+    assert_same(buffers_of(model), buffers_of(CflowPlugin.load_from_checkpoint(checkpoint, weights_only=False)))
+    # As the command line does it, without a word of the rate.
+    predictions = make_engine(tmp_path).predict(
+        CflowPlugin(**QUICK), dataloaders=data.test_dataloader(), ckpt_path=checkpoint
+    )
+    for batch in predictions:
+        with torch.no_grad():
+            expected = model(torch.stack([data.test_data[i].image for i in range(len(data.test_data))
+                                          if data.test_data[i].image_path in batch.image_path]))  # fmt: skip
+        assert torch.equal(batch.pred_label, expected.pred_label)
+        assert torch.equal(batch.pred_mask, expected.pred_mask.squeeze(1))
+        torch.testing.assert_close(batch.pred_score, expected.pred_score)
+
+
+def test_another_rate_of_the_same_checkpoint(calibrated):
+    model, checkpoint = calibrated
+    # Four held-out images allow 1/5, 2/5, ...
+    other = CflowPlugin.load_from_checkpoint(checkpoint, target_false_alarm_rate=0.4, weights_only=False)
+    scores = model.post_processor.held_out_scores
+    assert other.post_processor.image_threshold == scores[2]
+    assert model.post_processor.image_threshold == scores[3]
+    with pytest.raises(CflowError, match="needs at least 9 good images"):
+        CflowPlugin.load_from_checkpoint(checkpoint, target_false_alarm_rate=0.1, weights_only=False)
+
+
+def test_exports_decide_alike(calibrated, data, tmp_path, monkeypatch):
+    model, checkpoint = calibrated
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    files = {
+        "openvino": model.to_openvino(tmp_path, input_size=(64, 64)),
+        "onnx": model.to_onnx(tmp_path, input_size=(64, 64)),
+        "torch": model.to_torch(tmp_path),
+    }
+    inferencers = [
+        OpenVINOInferencer(files["openvino"], "CPU", F32),
+        OpenVINOInferencer(files["onnx"], "CPU", F32),
+        TorchInferencer(files["torch"], "cpu"),
+    ]
+    decisions = set()
+    for item in [*data.test_data, *data.train_data]:
+        with torch.no_grad():
+            expected = model(item.image[None])
+        decisions.add(expected.pred_label.item())
+        # A held-out image lies at the threshold itself, where either decision is right.
+        near = abs(expected.pred_score.item() - 0.5) < 1e-5
+        for inferencer in inferencers:
+            found = inferencer.predict(item.image_path)
+            assert np.allclose(np.asarray(found.pred_score), expected.pred_score.numpy(), atol=1e-4)
+            assert near or np.asarray(found.pred_label).item() == expected.pred_label.item()
+    assert decisions == {True, False}
+    reference = model.post_processor.reference_scores.numpy()
+    assert len(reference) == 4
+    for path in (files["openvino"], files["onnx"], checkpoint):
+        assert np.allclose(held_out_scores(path), reference, atol=1e-6)
+    onnx.checker.check_model(str(files["onnx"]))
+    session = onnxruntime.InferenceSession(files["onnx"], providers=["CPUExecutionProvider"])
+    assert {"pred_score", "pred_label"} <= {output.name for output in session.get_outputs()}
+
+
+def test_the_scores_survive_compression(calibrated, tmp_path):
+    path = calibrated[0].to_openvino(tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8)
+    assert len(held_out_scores(path)) == 4
+    assert ov.Core().read_model(path).inputs
+
+
+def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
+    model, _ = calibrated
+    path = model.to_openvino(tmp_path, input_size=(64, 64))
+    good = data.root / data.category / "test" / "good"
+    watch(path, str(good), tmp_path / "watched", overlays=False)
+    with (tmp_path / "watched/scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = torch.tensor([float(row["p_value"]) for row in rows])
+    scores = torch.tensor([float(row["score"]) for row in rows])
+    torch.testing.assert_close(found, model.post_processor.image_p_values(scores), rtol=0, atol=1e-5)
+    assert [int(row["anomalous"]) for row in rows] == (found <= RATE).int().tolist()
+    verdicts = []
+    for recent in (good, tmp_path / "watched/scores.csv"):
+        monitor(recent, path, output=tmp_path / "monitored")
+        verdicts.append(json.loads((tmp_path / "monitored/monitor.json").read_text()))
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0]["reference_images"] == 4
+
+
+def test_a_model_without_a_rate_exports_no_scores(trained, tmp_path):
+    assert held_out_scores(trained.to_openvino(tmp_path, input_size=(64, 64))) is None
+    assert held_out_scores(trained.to_onnx(tmp_path, input_size=(64, 64))) is None
+
+
+# Resuming
+
+
+def test_a_resumed_run_holds_out_the_same_images(tmp_path, data):
+    whole = quick_model(epochs=4)
+    make_engine(tmp_path / "whole").fit(whole, datamodule=data)
+    make_engine(tmp_path / "cut", callbacks=[StopAfter(2)]).fit(quick_model(epochs=4), datamodule=data)
+    checkpoint = next((tmp_path / "cut").rglob("last.ckpt"))
+    resumed = quick_model(seed=5, epochs=4, held_out_share=0.5)
+    make_engine(tmp_path / "resumed").fit(resumed, datamodule=data, ckpt_path=checkpoint)
+    assert resumed._held_out == whole._held_out
+    assert_same(buffers_of(whole), buffers_of(resumed))
+
+
+def test_a_run_that_was_cut_off_has_no_thresholds(tmp_path, data):
+    class Killed(StopAfter):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == self.epochs:
+                raise KeyError("killed")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            pass
+
+    with pytest.raises(KeyError, match="killed"):
+        make_engine(tmp_path, callbacks=[Killed(1)]).fit(quick_model(), datamodule=data)
+    cut = CflowPlugin.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")), weights_only=False).eval()
+    with pytest.raises(CflowError, match=r"goes on with --ckpt_path last\.ckpt"):
+        cut(torch.rand(1, 3, 64, 64))
+    with pytest.raises(CflowError, match="no scores of held-out"):
+        cut.to_openvino(tmp_path, input_size=(64, 64))
+
+
+def test_images_that_were_trained_on_are_never_held_out(tmp_path, data):
+    make_engine(tmp_path / "plain").fit(quick_model(target_false_alarm_rate=None), datamodule=data)
+    plain = next((tmp_path / "plain").rglob("last.ckpt"))
+    with pytest.raises(CflowError, match="trained on all training images"):
+        make_engine(tmp_path / "later").fit(quick_model(epochs=3), datamodule=data, ckpt_path=plain)
+    make_engine(tmp_path / "rate").fit(quick_model(), datamodule=data)
+    checkpoint = next((tmp_path / "rate").rglob("last.ckpt"))
+    more = make_textures(tmp_path / "more", train_good=18)
+    with pytest.raises(CflowError, match="out of 16 training images, and now there are 18"):
+        make_engine(tmp_path / "more").fit(quick_model(epochs=3), datamodule=more, ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"held_out_share": 0.0}, "held_out_share"),
+        ({"held_out_share": 0.6}, "held_out_share"),
+        ({"post_processor": PostProcessor()}, "not both"),
+        ({"post_processor": False}, "not both"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(settings, words):
+    with pytest.raises(CflowError, match=words):
+        quick_model(**settings)
+    with pytest.raises(CflowError, match="sensitivities"):
+        ConformalPostProcessor(0.1, image_sensitivity=0.7)
+    assert CflowPlugin(**QUICK, post_processor=ConformalPostProcessor(0.1)).post_processor.is_conformal
+
+
+@pytest.mark.long
+def test_the_command_line(tmp_path):
+    model = ["--model", "CflowPlugin", "--model.backbone", "gabor", "--model.image_size", "[64, 64]"]
+    model += ["--model.coupling_blocks", "2", "--trainer.accelerator", "cpu"]
+    data = ["--data", "Textures", "--data.resolution", "64", "--data.train_good", "12", "--data.val_good", "2"]
+    train = [*model, "--model.epochs", "1", "--model.steps_per_epoch", "2", "--model.target_false_alarm_rate"]
+    out = run_command("anomalib", "train", *train, "0.05", *data, cwd=tmp_path, expect=1)
+    assert "error: A false-alarm rate of 0.05 needs 19 good images" in out
+    run_command("anomalib", "train", *train, "0.2", *data, cwd=tmp_path)
+    [checkpoint] = {path.resolve() for path in tmp_path.rglob("model.ckpt")}
+    images = tmp_path / "datasets/Textures/weave/train/good"
+    run_command("anomalib", "predict", *model, "--data", images, "--ckpt_path", checkpoint, cwd=tmp_path)
+    assert len(held_out_scores(checkpoint)) == 4
