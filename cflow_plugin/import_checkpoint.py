@@ -34,8 +34,8 @@ _NORMALIZATION = {
     "mvtec": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "stc": ([0.5] * 3, [0.225] * 3),
 }
-# Batch norm's epsilon in torchvision's MobileNetV3, from which the original code's is taken.
-_MOBILENET_EPSILON = 1e-3
+# Batch norm's epsilon in torchvision's MobileNetV3, from which the original code's is taken, and in timm's.
+_MOBILENET_EPSILON, _TIMM_EPSILON = 1e-3, 1e-5
 _CALIBRATION_IMAGES = 128
 
 
@@ -204,8 +204,8 @@ def _parse(weights: Mapping[str, torch.Tensor], what: str) -> _Decoder:
         if not square or not torch.allclose(matrix @ matrix.T, torch.eye(dimensions), atol=1e-3):
             msg = (
                 f"The permutation of coupling block {index} of {what} is not an orthogonal matrix of its {dimensions} "
+                "dimensions: the file is damaged."
             )
-            msg += "dimensions: the file is damaged."
             raise CflowError(msg)
     dimensions = ordered[0]["global_scale"].numel()
     inputs = ordered[0]["subnet.0.weight"].shape[-1]
@@ -299,13 +299,12 @@ def _in_timm_names(weights: Mapping[str, torch.Tensor], network: nn.Module) -> d
             names[f"{number}.block.{part}.fc1"] = f"{block}.se.conv_reduce"
             names[f"{number}.block.{part}.fc2"] = f"{block}.se.conv_expand"
     renamed = {}
-    modules = dict(network.named_modules())
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         if module in names:
             if kind == "running_var":
                 # What timm's epsilon lacks is added to the variance, which is the same function.
-                tensor = tensor + (_MOBILENET_EPSILON - getattr(modules.get(names[module]), "eps", _MOBILENET_EPSILON))
+                tensor = tensor + (_MOBILENET_EPSILON - _TIMM_EPSILON)
             renamed[f"{names[module]}.{kind}"] = tensor
     return renamed
 

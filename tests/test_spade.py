@@ -235,7 +235,8 @@ def test_metrics_equal_scikit_learn_s_on_raw_distances(textures, tmp_path, valid
     engine = make_engine(tmp_path, **({} if validation else {"limit_val_batches": 0}))
     [metrics] = engine.train(model, datamodule=textures)
     scores, maps, _ = expected_of(model, textures)
-    assert scores.min() > 20 and maps.min() > 20
+    assert scores.min() > 1
+    assert np.median(maps) > 1
     labels = [bool(item.gt_label) for item in textures.test_data]
     masks = np.stack([np.asarray(item.gt_mask) for item in textures.test_data]).ravel()
     assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
