@@ -451,21 +451,25 @@ class CflowPlugin(AnomalibModule):
     # When an epoch ends
 
     def on_validation_start(self) -> None:
-        """Set the scoring constants before validation scores anything."""
+        """Set the scoring constants and thresholds before validation scores anything and writes a checkpoint."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._calibrate(_CALIBRATION_IMAGES)
+            self._set_thresholds()
             self._calibrated_step = self.global_step
 
     def on_train_epoch_end(self) -> None:
         """Set the scoring constants, and when training ends the thresholds, before a checkpoint is written."""
+        if self._calibrated_step == self.global_step:
+            return
         trainer = self.trainer
         last = (
             trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs or self.global_step == trainer.max_steps
         )
-        if self._calibrated_step != self.global_step:
-            self._calibrate(_CALIBRATION_IMAGES if last else _INTERIM_CALIBRATION_IMAGES)
+        self._calibrate(_CALIBRATION_IMAGES if last else _INTERIM_CALIBRATION_IMAGES)
         if last:
             self._set_thresholds()
+        elif self._decides_by_rate:
+            self.post_processor.forget()
 
     @torch.no_grad()
     def _calibrate(self, images: int) -> None:

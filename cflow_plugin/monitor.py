@@ -87,24 +87,21 @@ def monitor(
     output: Path = Path("results/monitor"),
     seed: int = 0,
 ) -> None:
-    """Say whether recent images still score as the good images did that the thresholds come from.
+    """Say when new images no longer score as good ones did: the camera, light or process has changed.
 
     A moved camera, an ageing lamp or another batch of material shift the scores of good parts, and with them the
-    false-alarm rate, long before anybody notices. This test raises a false alarm with a probability of at most
-    --error_rate over the whole sequence, however long it is and however often it is repeated as the sequence grows.
-    Scores are taken in the order in which they stand in the table. Defects count as what they are, unusual: a share of
-    them that grows is a change, too; give the scores of parts known to be good to leave them out of it.
-
-    Writes to the output folder monitor.json (the verdict), monitor.csv (each image's p-value and the evidence so far)
-    and monitor.png (both as a plot). Exit code: 0 where nothing has changed, 3 where something has, 1 for an error.
+    false-alarm rate, long before anybody notices. Defects count as what they are, unusual: a share of them that grows
+    is a change, too; give the scores of parts known to be good to leave them out of it.
 
     Args:
         recent: Table of recent scores, oldest first: the scores.csv of `cflow-plugin watch`, or any .csv with a column
             "score". A folder of images, too, if the reference is an exported model; they go through it by name.
         reference: What the good parts' scores were: an exported model (.xml, .onnx) or checkpoint (.ckpt) trained with
             target_false_alarm_rate, or a .csv of the same model's scores of other good parts.
-        error_rate: Highest probability of an alarm although nothing has changed.
-        output: Folder for the results.
+        error_rate: Highest probability of a false alarm, over the whole sequence: however long it is, and however often
+            the command is repeated while the sequence grows.
+        output: Folder for the results: monitor.json (the verdict; the exit code is 3 if something has changed, 0 if
+            not), monitor.csv (each image's p-value and the evidence so far) and monitor.png (both as a plot).
         seed: Seed that breaks ties between equal scores.
     """
     if not 0 < error_rate < 1:

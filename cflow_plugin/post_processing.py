@@ -89,7 +89,7 @@ class ConformalPostProcessor(PostProcessor):
         self._set_thresholds()
 
     def forget(self) -> None:
-        """Drop the held-out scores: the model that gave them is about to change."""
+        """Drop the held-out scores: the model is no longer the one that gave them."""
         self.held_out_scores = self.held_out_maxima = self.image_min.new_empty(0)
 
     def check_calibrated(self) -> None:

@@ -72,7 +72,7 @@ def post_processor_for(scores, maxima, rate):
 
 
 def decide(post_processor, scores, maps):
-    batch = InferenceBatch(pred_score=torch.as_tensor(scores), anomaly_map=torch.as_tensor(maps))
+    batch = InferenceBatch(pred_score=torch.as_tensor(scores).float(), anomaly_map=torch.as_tensor(maps).float())
     return post_processor(batch)
 
 
