@@ -2,11 +2,10 @@
 
     python benchmarks/metrics.py
 
-Maps are synthetic: smooth noise that is higher in elliptic defects, squashed so that most scores lie close to each other.
-They are drawn batch by batch, so that what a metric keeps is its own. Scores are multiples of 2⁻²⁴, of which float32
-holds every one in [0, 1]; there are few enough to count each, from which the large set's exact values follow by another
-way: SciPy's regions, and the area under the curve through all of the thresholds in float64. Every measurement runs in
-its own process.
+Maps are synthetic: smooth noise that is higher in elliptic defects, squashed so that most scores lie close to each
+other. They are drawn batch by batch, so that what a metric keeps is its own. The exact values follow by another way: a
+count for every float32 number from 2⁻¹² to 1, SciPy's regions, and the area below the curve through all thresholds in
+float64. Every measurement runs in its own process.
 """
 
 import time
@@ -27,7 +26,8 @@ from training import in_own_process, publish
 from cflow_plugin.benchmark.speed import peak_resident_bytes
 
 FIELDS = ["anomaly_map", "gt_mask"]
-LEVELS = 2**24
+LOWEST = np.float32(2**-12)
+LEVELS = int(np.float32(1).view(np.int32) - LOWEST.view(np.int32)) + 1
 # Test frames of ShanghaiTech Campus, and roughly the share of them with an anomaly.
 STC_FRAMES, STC_ANOMALOUS = 42_883, 0.4
 
@@ -42,7 +42,7 @@ def batches(images: int, size: int, anomalous: float, batch: int = 32) -> Iterat
         batch: Images in a batch.
 
     Yields:
-        Maps ``(B, H, W)``, float32 in [0, 1], and masks ``(B, H, W)``, bool.
+        Maps ``(B, H, W)``, float32 from 2⁻¹² to 1, and masks ``(B, H, W)``, bool.
     """
     generator = np.random.default_rng(0)
     for start in range(0, images, batch):
@@ -61,7 +61,7 @@ def batches(images: int, size: int, anomalous: float, batch: int = 32) -> Iterat
                 noise += cv2.blur(drawn, (size // 16, size // 16)) * generator.uniform(0.5, 3)
             # Softly squashed: half of the scores lie between 0.01 and 0.05.
             np.exp(noise - 4, out=noise)
-            maps[index] = np.round(noise / (1 + noise) * LEVELS) / LEVELS
+            np.maximum(noise / (1 + noise), LOWEST, out=maps[index])
         yield maps, masks
 
 
@@ -101,23 +101,27 @@ def run(classes: str, names: list[str], images: int, size: int, anomalous: float
 
 
 def exact(images: int, size: int, anomalous: float, fpr_limit: float = 0.3) -> dict[str, float]:
-    """AUROC and AUPRO from the number of pixels of each of the possible scores, in float64."""
-    normal, pixels, regions = np.zeros(LEVELS + 1), np.zeros(LEVELS + 1), np.zeros(LEVELS + 1)
+    """AUROC and AUPRO from the number of pixels of each possible score, in float64."""
+    normal, pixels, regions = (np.zeros(LEVELS, kind) for kind in (np.uint32, np.uint32, np.float64))
     structure = np.zeros((3, 3, 3))
     structure[1] = 1
     for maps, masks in track(batches(images, size, anomalous), total=-(-images // 32), disable=images < 1000):
-        levels = (maps * LEVELS).astype(np.int64)
+        # Largest score first.
+        levels = LEVELS - 1 - (maps.view(np.int32) - LOWEST.view(np.int32))
         np.add.at(normal, levels[~masks], 1)
-        labels, _ = ndimage.label(masks, structure)
-        found, labels = levels[masks], labels[masks]
-        np.add.at(pixels, found, 1)
-        np.add.at(regions, found, 1 / np.bincount(labels)[labels] if len(labels) else 0)
-    fpr, tpr, overlap = (
-        np.concatenate([[0], np.cumsum(counts[::-1]) / counts.sum()]) for counts in (normal, pixels, regions)
-    )
+        if masks.any():
+            labels, _ = ndimage.label(masks, structure)
+            found, labels = levels[masks], labels[masks]
+            np.add.at(pixels, found, 1)
+            np.add.at(regions, found, 1 / np.bincount(labels)[labels])
+    occupied = (normal > 0) | (pixels > 0)
+    shares = (counts[occupied] / counts.sum(dtype=np.float64) for counts in (normal, pixels, regions))
+    fpr, tpr, overlap = (np.concatenate([[0], np.cumsum(share)]) for share in shares)
     inside = fpr <= fpr_limit
-    limited = np.append(fpr[inside], fpr_limit), np.append(overlap[inside], np.interp(fpr_limit, fpr, overlap))
-    return {"AUROC": np.trapezoid(tpr, fpr).item(), "AUPRO": np.trapezoid(*limited[::-1]).item() / fpr_limit}
+    limited_fpr = np.append(fpr[inside], fpr_limit)
+    limited_overlap = np.append(overlap[inside], np.interp(fpr_limit, fpr, overlap))
+    area = np.trapezoid(limited_overlap, limited_fpr) / fpr_limit
+    return {"AUROC": float(np.trapezoid(tpr, fpr)), "AUPRO": float(area)}
 
 
 def _resident_bytes() -> int:

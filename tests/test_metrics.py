@@ -344,7 +344,14 @@ def test_two_processes_equal_one(tmp_path):
 
 
 class Replay(LightningModule):
-    """Has an evaluator, and takes batches for results."""
+    """Has an evaluator as anomalib's models do, and takes batches for results."""
+
+    def __init__(self):
+        super().__init__()
+        self.evaluator = CflowEvaluator()
+
+    def configure_callbacks(self):
+        return [self.evaluator]
 
     def test_step(self, batch, *_):
         return batch
@@ -367,16 +374,9 @@ def test_a_process_that_meets_only_good_images(tmp_path):
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "use_distributed_sampler": True,
+        "strategy": "ddp_spawn",
     }
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        callbacks=CflowEvaluator(),
-        **quiet,
-    )
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=2, **quiet)
     [metrics] = trainer.test(Replay(), loader, verbose=False)
     labels, scores = masks.any((1, 2)), maps.max((1, 2))
     assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-7)

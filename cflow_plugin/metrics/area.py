@@ -32,10 +32,10 @@ def area_below_curve(
     r"""Integrate the weighted share of anomalous pixels found over the false-positive rate up to a limit.
 
     Let :math:`w` be the weight of an anomalous pixel, whose score is exceeded by a share :math:`a` of the normal
-    pixels, and reached by a share :math:`b`. It is found nowhere below the false-positive rate :math:`a`, everywhere above
-    :math:`b`, and in between along a straight line. Up to the limit :math:`f` it contributes
-    :math:`w (f - (a + b) / 2)` where :math:`b \le f`, and :math:`w (f - a)^2 / (2 (b - a))` where :math:`a < f < b`. So
-    nothing but the normal scores has to be sorted, and no curve is built.
+    pixels, and reached by a share :math:`b`. It is found nowhere below the false-positive rate :math:`a`, everywhere
+    above :math:`b`, and in between along a straight line. Up to the limit :math:`f` it contributes
+    :math:`w (f - (a + b) / 2)` where :math:`b \le f`, and :math:`w (f - a)^2 / (2 (b - a))` where :math:`a < f < b`.
+    So nothing but the normal scores has to be sorted, and no curve is built.
 
     Where equal scores stand for a bin, the pixels in it may have been in any order: the true area lies between the sums
     of :math:`w \max(f - b, 0)` and of :math:`w \max(f - a, 0)`. With :math:`f = 1` each is away from the value by half
