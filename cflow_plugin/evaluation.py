@@ -8,9 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import Batch
-from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
+from anomalib.metrics import Evaluator, F1Score
 from lightning import LightningModule, Trainer
+
+from cflow_plugin.metrics import AUPRO, AUROC
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +55,21 @@ class CflowEvaluator(Evaluator):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Log the metrics that can be computed."""
-        del trainer, args, kwargs
-        for metric in self.test_metrics:
+        del args, kwargs
+        facts = [[value in values for value in (False, True)] for values in self._seen.values()]
+        facts += [[metric.update_called] * 2 for metric in self.test_metrics]
+        # What one process has met another may not have, but all have to log the same.
+        known = trainer.strategy.reduce(torch.tensor(facts, device=pl_module.device).int(), reduce_op="max").tolist()
+        classes = dict(zip(self._seen, known, strict=False))
+        for metric, (updated, _) in zip(self.test_metrics, known[len(classes) :], strict=True):
             truth = metric.fields[1]
-            classes = self._seen[truth]
+            has_normal, has_anomaly = classes[truth]
             what = "mask" if truth == "gt_mask" else "label"
-            if not classes or not metric.update_called:
+            if not (has_normal or has_anomaly) or not updated:
                 reason = f"the test set has no {what}s"
-            elif True not in classes:
+            elif not has_anomaly:
                 reason = f"the {what}s of the test set show no anomaly"
-            elif False not in classes:
+            elif not has_normal:
                 reason = f"the {what}s of the test set show nothing normal"
             else:
                 pl_module.log(metric.name, metric)
