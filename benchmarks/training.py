@@ -73,9 +73,6 @@ def measure(
     seconds = time.perf_counter() - start
     logged = {key: value.item() for key, value in engine.trainer.callback_metrics.items()}
     memory = peak_resident_bytes() / 2**20
-    # The metrics take whatever exceeds one for a logit, and saturate: scores have to be normalised first.
-    engine = Engine(default_root_dir=output, **trainer)
-    engine.validate(model, datamodule=datamodule, verbose=False)
     [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
     logged |= {"epoch_seconds": statistics.median(clock.spent)} if clock.spent else {}
     return {"seconds": seconds, "peak_memory_mib": memory, **{metric: metrics[metric] for metric in METRICS}, **logged}

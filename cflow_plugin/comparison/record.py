@@ -13,8 +13,10 @@ from anomalib.data import Batch
 from anomalib.data.utils import read_image
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from scipy import ndimage
 from sklearn.metrics import precision_recall_curve
+
+from cflow_plugin.metrics.bins import to_keys, to_scores
+from cflow_plugin.metrics.regions import region_weights
 
 # Scores are counted in bins of this many float32 values: about 2^-11 of a score's own size.
 _BIN_BITS = 12
@@ -42,7 +44,6 @@ class Recorder(Callback):
         self._normal = np.zeros(bins, dtype=np.int64)
         self._anomalous = np.zeros(bins, dtype=np.int64)
         self._regions = np.zeros(bins)
-        self._region_count = 0
         self._samples: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
@@ -79,10 +80,8 @@ class Recorder(Callback):
         if not mask.any():
             return
         self._anomalous += np.bincount(bins[mask], minlength=size)
-        regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        areas = np.bincount(regions.ravel())
-        self._regions += np.bincount(bins[mask], weights=1 / areas[regions[mask]], minlength=size)
-        self._region_count += count
+        weights = region_weights(mask[None])
+        self._regions += np.bincount(bins[mask], weights=weights, minlength=size)
 
     def save(self, file: Path) -> dict[str, float]:
         """Write what was seen, whole or not at all.
@@ -121,7 +120,8 @@ class Recorder(Callback):
         # From the highest score down, as a threshold falls.
         false = np.cumsum(normal[::-1])
         true = np.cumsum(anomalous[::-1])
-        overlap = np.cumsum(regions[::-1]) / max(1, self._region_count)
+        overlap = np.cumsum(regions[::-1])
+        overlap /= overlap[-1]  # the weights of a region sum to one
         fpr, tpr = false / false[-1], true / true[-1]
         f1 = 2 * true / (true + false + true[-1])
         best = int(f1.argmax())
@@ -141,17 +141,14 @@ class Recorder(Callback):
 
 def _bin(scores: np.ndarray) -> np.ndarray:
     """Number of the bin of each score; higher scores have higher or equal numbers."""
-    bits = np.ascontiguousarray(scores, dtype=np.float32).view(np.uint32)
-    # A float's bits sort as the float does once negative ones are reversed.
-    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
-    return (ordered >> _BIN_BITS).astype(np.int64)
+    keys = to_keys(np.ascontiguousarray(scores, dtype=np.float32))
+    return (keys >> _BIN_BITS) + (1 << (31 - _BIN_BITS))
 
 
 def _value(bins: np.ndarray) -> np.ndarray:
     """The lowest score of each bin."""
-    ordered = (bins.astype(np.uint32)) << _BIN_BITS
-    bits = np.where(ordered >> 31, ordered & np.uint32(0x7FFFFFFF), ~ordered)
-    return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+    keys = (bins - (1 << (31 - _BIN_BITS))).astype(np.int32) << _BIN_BITS
+    return to_scores(keys).astype(np.float64)
 
 
 def _thin(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Scores in bins of neighbouring floating-point numbers, as fine as their number allows."""
 
-__all__ = ["coarsen", "sum_by_key", "to_keys"]
+__all__ = ["coarsen", "sum_by_key", "to_keys", "to_scores"]
 
 import numpy as np
 
@@ -20,6 +20,18 @@ def to_keys(scores: np.ndarray) -> np.ndarray:
     bits = (scores + np.float32(0)).view(np.int32)  # the sum makes -0 a 0
     # Negative numbers are stored as sign and magnitude: of two, the one with more magnitude is the smaller.
     return np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
+
+
+def to_scores(keys: np.ndarray) -> np.ndarray:
+    """The scores that integers stand for: the inverse of :func:`to_keys`.
+
+    Args:
+        keys: ``(N,)`` int32.
+
+    Returns:
+        ``(N,)`` float32.
+    """
+    return np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).view(np.float32)
 
 
 def coarsen(keys: np.ndarray, dropped_bits: int) -> np.ndarray:
