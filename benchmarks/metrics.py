@@ -108,15 +108,16 @@ def exact(images: int, size: int, anomalous: float, fpr_limit: float = 0.3) -> d
     for maps, masks in track(batches(images, size, anomalous), total=-(-images // 32), disable=images < 1000):
         # Largest score first.
         levels = LEVELS - 1 - (maps.view(np.int32) - LOWEST.view(np.int32))
-        np.add.at(normal, levels[~masks], 1)
+        occupied, counts = np.unique(levels[~masks], return_counts=True)
+        normal[occupied] += counts.astype(np.uint32)
         if masks.any():
             labels, _ = ndimage.label(masks, structure)
             found, labels = levels[masks], labels[masks]
-            np.add.at(pixels, found, 1)
+            np.add.at(pixels, found, np.uint32(1))
             np.add.at(regions, found, 1 / np.bincount(labels)[labels])
     occupied = (normal > 0) | (pixels > 0)
-    shares = (counts[occupied] / counts.sum(dtype=np.float64) for counts in (normal, pixels, regions))
-    fpr, tpr, overlap = (np.concatenate([[0], np.cumsum(share)]) for share in shares)
+    sums = (np.cumsum(counts[occupied], dtype=np.float64) for counts in (normal, pixels, regions))
+    fpr, tpr, overlap = (np.concatenate([[0], counts / counts[-1]]) for counts in sums)
     inside = fpr <= fpr_limit
     limited_fpr = np.append(fpr[inside], fpr_limit)
     limited_overlap = np.append(overlap[inside], np.interp(fpr_limit, fpr, overlap))

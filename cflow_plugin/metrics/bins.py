@@ -52,7 +52,7 @@ def sum_by_key(keys: np.ndarray, masses: np.ndarray | None = None) -> tuple[np.n
 
     Args:
         keys: ``(N,)`` in any order.
-        masses: ``(N,)``, one each if ``None``.
+        masses: ``(N,)`` float64, one each if ``None``.
 
     Returns:
         The distinct keys in ascending order, and a float64 mass for each. Counts are exact up to 2⁵³.
@@ -65,4 +65,4 @@ def sum_by_key(keys: np.ndarray, masses: np.ndarray | None = None) -> tuple[np.n
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, np.intp)
     if masses is None:
         return keys[starts], np.diff(starts, append=len(keys)).astype(np.float64)
-    return keys[starts], np.add.reduceat(masses, starts, dtype=np.float64) if len(keys) else masses.astype(np.float64)
+    return keys[starts], np.add.reduceat(masses, starts) if len(keys) else masses

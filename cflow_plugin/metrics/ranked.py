@@ -3,7 +3,7 @@
 __all__ = ["AUPRO", "AUROC"]
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -184,20 +184,15 @@ class _RankedArea(Metric):
 
     def _put_into_bins(self) -> None:
         """Move the scores that are kept into bins."""
-        for scores, weights, keys, masses in (
-            ("negatives", None, "negative_keys", "negative_counts"),
-            ("positives", "weights" if self._weighs else None, "positive_keys", "positive_weights"),
+        positive = ["positives", "weights"] if self._weighs else ["positives"]
+        for states, keys, masses in (
+            (["negatives"], "negative_keys", "negative_counts"),
+            (positive, "positive_keys", "positive_weights"),
         ):
-            kept = self._array(scores)
-            weight = None if weights is None else self._array(weights)
-            setattr(self, scores, [])
-            if weights is not None:
-                setattr(self, weights, [])
-            dropped = int(self.dropped_bits)
             bins = self._bins(keys, masses)
-            for start in range(0, len(kept), GATHERED_SCORES):
-                part = slice(start, start + GATHERED_SCORES)
-                new = sum_by_key(coarsen(to_keys(kept[part]), dropped), None if weight is None else weight[part])
+            dropped = int(self.dropped_bits)
+            for scores, *weights in self._take(states):
+                new = sum_by_key(coarsen(to_keys(scores), dropped), *weights)
                 bins = sum_by_key(*(np.concatenate(pair) for pair in zip(bins, new, strict=True)))
                 while len(bins[0]) > OCCUPIED_BINS:
                     dropped += 1
@@ -205,6 +200,18 @@ class _RankedArea(Metric):
             setattr(self, keys, [torch.from_numpy(bins[0])])
             setattr(self, masses, [torch.from_numpy(bins[1])])
             self.dropped_bits = torch.tensor(dropped)
+
+    def _take(self, states: list[str]) -> Iterator[list[np.ndarray]]:
+        """Empty states of one length a piece at a time, so that each is freed before the next is put into bins."""
+        pieces = [[piece for part in self._parts(name) for piece in part.split(GATHERED_SCORES)] for name in states]
+        for name in states:
+            setattr(self, name, [])
+        while pieces[0]:
+            count = size = 0
+            while count < len(pieces[0]) and size < GATHERED_SCORES:
+                count += 1
+                size += len(pieces[0][-count])
+            yield [torch.cat([parts.pop() for _ in range(count)]).cpu().numpy() for parts in pieces]
 
 
 def _processes() -> int:
