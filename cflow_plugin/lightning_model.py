@@ -33,6 +33,7 @@ from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
 from cflow_plugin.conformal import check_enough
+from cflow_plugin.distributed import score_every_image_once, share_of_batch, share_results_folder
 from cflow_plugin.encoder import Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
@@ -242,6 +243,8 @@ class CflowPlugin(AnomalibModule):
 
     def setup(self, stage: str) -> None:
         """Load the encoder's weights and arrange for training on feature vectors."""
+        share_results_folder(self.trainer)
+        score_every_image_once(self.trainer, stage)
         if stage != "fit":
             return
         loops = self.trainer.fit_loop
@@ -320,7 +323,8 @@ class CflowPlugin(AnomalibModule):
 
     def _training_seed(self) -> int:
         if self._seed is None:
-            self._seed = torch.initial_seed() % 2**31
+            # One for all processes: they have to draw the same batches.
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
         return self._seed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -376,7 +380,8 @@ class CflowPlugin(AnomalibModule):
         cells = [height * width for height, width in bank.sizes]
         vectors = [max(1, self.vectors_per_step * count // cells[0]) for count in cells]
         generator = torch.Generator().manual_seed(seed + 1 + epoch)
-        yield from bank.batches(steps, vectors, generator, with_noise=self.noise > 0)
+        for batch in bank.batches(steps, vectors, generator, with_noise=self.noise > 0):
+            yield share_of_batch(batch, self.global_rank, self.trainer.world_size)
 
     @torch.no_grad()
     def _fill_bank(self, images: DataLoader, generator: torch.Generator) -> FeatureBank:
@@ -411,13 +416,14 @@ class CflowPlugin(AnomalibModule):
         losses = []
         names = self.model.encoder.layers
         bank = self._bank
+        logged = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
         for name, decoder, vectors, positions, noise, size in zip(
             names, self.model.decoders, batch.vectors, batch.positions, batch.noise, bank.sizes, strict=True
         ):
             condition = self.model.condition(*size, vectors)[positions]
             likelihood = decoder.log_likelihood(vectors, condition, None if noise is None else self.noise * noise)
             losses.append(-functional.logsigmoid(likelihood).mean())
-            self.log(f"train_nll_{name}", -likelihood.mean().detach(), on_step=False, on_epoch=True, batch_size=1)
+            self.log(f"train_nll_{name}", -likelihood.mean().detach(), **logged)
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             msg = (
@@ -425,7 +431,7 @@ class CflowPlugin(AnomalibModule):
                 "last.ckpt; lower --model.learning_rate, or use --trainer.precision 32."
             )
             raise CflowError(msg)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+        self.log("train_loss", loss.detach(), prog_bar=True, **logged)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=1)
         return loss
 

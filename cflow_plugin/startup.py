@@ -14,20 +14,19 @@ import sys
 
 # After this module of anomalib has been imported: what to import of ours, and the function to call in each, if any.
 _AFTER = {
-    "anomalib.models": (("cflow_plugin.lightning_model", "cflow_plugin.baselines.spade"), None),
-    "anomalib.data": (("cflow_plugin.data",), None),
+    "anomalib.models": (("cflow_plugin.lightning_model", None), ("cflow_plugin.baselines.spade", None)),
+    "anomalib.data": (("cflow_plugin.data", None),),
     # rich installs its own hook for uncaught errors in this module; ours has to come later.
-    "anomalib.cli.cli": (("cflow_plugin.errors",), "install_excepthook"),
+    "anomalib.cli.cli": (("cflow_plugin.errors", "install_excepthook"), ("cflow_plugin.seeding", "honour_seed")),
 }
 
 
 class _Loader:
     """The module's own loader, followed by the imports of ours."""
 
-    def __init__(self, loader, modules, function):
+    def __init__(self, loader, ours):
         self._loader = loader
-        self._modules = modules
-        self._function = function
+        self._ours = ours
 
     def __getattr__(self, name):
         return getattr(self._loader, name)
@@ -38,11 +37,11 @@ class _Loader:
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for name in self._modules:
+        for name, function in self._ours:
             try:
                 __import__(name)
-                if self._function:
-                    getattr(sys.modules[name], self._function)()
+                if function:
+                    getattr(sys.modules[name], function)()
             except Exception as error:  # a broken plug-in must not break anomalib
                 print(f"cflow_plugin could not be loaded ({type(error).__name__}: {error})", file=sys.stderr)
 
@@ -58,7 +57,7 @@ class _Finder:
 
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, *_AFTER[name])
+            spec.loader = _Loader(spec.loader, _AFTER[name])
         return spec
 
 

@@ -44,13 +44,14 @@ def test_the_command(tmp_path):
     assert "Left out, for torch is not timed in int8: CflowPlugin" in out
 
 
-@pytest.mark.parametrize("model", ["CflowPlugin", "Cflow", "Padim"])
+@pytest.mark.parametrize("model", ["CflowPlugin", "Cflow", "Padim", "Spade"])
 def test_models_are_what_anomalib_trains(model):
     assert build_model(model, "resnet18", 64).__class__.__name__ == model
 
 
 def test_what_is_not_there_is_named():
     assert "INT8" in unavailable(Candidate("Padim", "resnet18", 64, 1, "openvino", "int8"))
+    assert "gallery" in unavailable(Candidate("Spade", "resnet18", 64, 1, "openvino", "f32"))
     assert "f16" in unavailable(Candidate("encoder", "resnet18", 64, 1, "torch", "f16"))
 
 

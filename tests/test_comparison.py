@@ -258,6 +258,13 @@ def test_means_and_standard_deviations():
     assert table.rows[0][3] == f"{np.mean(means):.4f} ± {np.std(means, ddof=1):.4f}"
 
 
+def test_a_mean_over_some_categories_is_named_as_such():
+    rows = [row(category="a"), row(category="b"), row(model="half", category="a", image_AUROC=1.0)]
+    table = summary_table(pd.DataFrame(rows))
+    assert [texts[0] for texts in table.rows] == ["CflowPlugin", "half (1 of 2 categories)"]
+    assert not any(number == 1 for number, _ in table.best)
+
+
 def test_another_setting_is_another_cell():
     cell = Cell("a", Variant("CflowPlugin"), EncoderChoice(), "MVTecAD", {}, "screw", 0, (256, 256))
     keys = {cell.key, cell.key}

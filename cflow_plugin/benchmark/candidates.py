@@ -27,12 +27,19 @@ from anomalib.deploy import CompressionType
 from anomalib.models import get_model
 from torch import nn
 
+from cflow_plugin.baselines.spade import Spade
 from cflow_plugin.encoder import BACKBONES, Encoder
 from cflow_plugin.lightning_model import CflowPlugin
 
-Model = Literal["CflowPlugin", "encoder", "Cflow", "Padim"]
+Model = Literal["CflowPlugin", "encoder", "Cflow", "Padim", "Spade"]
 Runtime = Literal["torch", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime"]
 Precision = Literal["f32", "bf16", "f16", "int8", "int8-bf16"]
+
+
+# Its time depends on the images it retrieves, not on how many more the gallery holds; its size does.
+_SPADE_IMAGES = 60
+_RESNET_LAYERS = (["layer1", "layer2", "layer3"], "layer4")
+_SPADE_LAYERS = {"resnet18": _RESNET_LAYERS, "wide_resnet50_2": _RESNET_LAYERS}
 
 
 class Unavailable(RuntimeError):
@@ -44,7 +51,7 @@ class Candidate:
     """One thing to time.
 
     Attributes:
-        model: ``CflowPlugin``, ``encoder`` (the encoder alone), or anomalib's ``Cflow`` or ``Padim``.
+        model: ``CflowPlugin``, ``encoder`` (the encoder alone), ``Spade``, or anomalib's ``Cflow`` or ``Padim``.
         backbone: timm's name of the encoder.
         size: Height and width of the images.
         batch: Images at once.
@@ -105,6 +112,8 @@ def unavailable(candidate: Candidate) -> str | None:
             return "ONNX Runtime is timed in f32 only"
     if runtime.startswith("torch") and precision not in {"f32", "bf16"}:
         return f"torch is not timed in {precision}"
+    if candidate.model == "Spade" and not runtime.startswith("torch"):
+        return "Spade runs in torch only: its gallery cannot be exported"
     if candidate.stored == "int8":
         if candidate.model in {"Cflow", "Padim"}:
             return "INT8 is timed for CflowPlugin and its encoder"
@@ -135,6 +144,8 @@ def build_model(name: Model, backbone: str, size: int) -> nn.Module:
             model = CflowPlugin(backbone=backbone, pre_trained=False, image_size=(size, size), visualizer=False)
             model.model.scoring.log_maximum.zero_()
             return _with_thresholds(model.eval())
+        if name == "Spade":
+            return _with_thresholds(_spade(backbone, size))
         try:
             layers = {"layers": list(BACKBONES[backbone].layers)} if name == "Cflow" and backbone in BACKBONES else {}
             model = get_model(name, backbone=backbone, pre_trained=False, visualizer=False, **layers).eval()
@@ -146,6 +157,19 @@ def build_model(name: Model, backbone: str, size: int) -> nn.Module:
             message = f"anomalib's {name} does not run with {backbone} ({type(error).__name__}: {error})"
             raise Unavailable(message.splitlines()[0]) from error
     return _with_thresholds(model)
+
+
+def _spade(backbone: str, size: int) -> Spade:
+    """Spade with a gallery of random images."""
+    layers = dict(zip(("layers", "image_layer"), _SPADE_LAYERS.get(backbone, ()), strict=False))
+    if not layers:
+        message = f"no layers are known for Spade with {backbone}"
+        raise Unavailable(message)
+    model = Spade(backbone=backbone, pre_trained=False, image_size=(size, size), visualizer=False, **layers).eval()
+    for _ in range(_SPADE_IMAGES):
+        model.model.gallery.add(*model.model.features(torch.rand(1, 3, size, size)))
+    model.model.finish_gallery()
+    return model
 
 
 def _with_thresholds(model: nn.Module) -> nn.Module:

@@ -54,7 +54,7 @@ def benchmark(
     JSON and a plot, to the output folder, with the paper's Table 6 beside them.
 
     Args:
-        models: CflowPlugin; the encoder alone; anomalib's Cflow and Padim.
+        models: CflowPlugin; the encoder alone; anomalib's Cflow and Padim; Spade.
         backbones: timm names of encoders; the paper's are resnet18, wide_resnet50_2 and mobilenetv3_large_100.
         sizes: Heights (and widths) of the images in pixels.
         batch_sizes: Images at once.

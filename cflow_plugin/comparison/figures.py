@@ -102,17 +102,19 @@ def trade_off(results: pd.DataFrame) -> Figure:
         results: A row a cell.
     """
     metric = "pixel_AUROC" if "pixel_AUROC" in results and results["pixel_AUROC"].notna().any() else "image_AUROC"
-    means = (
-        results.groupby(["model", "encoder", "size"], sort=False)[[metric, "image_ms", "size_mb"]].mean().reset_index()
-    )
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    groups = ["model", "encoder", "size"]
+    # A mean over some of the categories is no match for one over all.
+    done = results.groupby(groups, sort=False)["category"].transform("nunique")
+    complete = results[done == results["category"].nunique()]
+    means = complete.groupby(groups, sort=False)[[metric, "image_ms", "size_mb"]].mean().reset_index()
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.add_subplot()
     for number, row in enumerate(means.itertuples()):
         area = 400 * row.size_mb / means["size_mb"].max() + 10
-        axis.scatter(row.image_ms, getattr(row, metric), s=area, color=f"C{number}", alpha=0.6)
-        label = f"{row.model}, {row.size_mb:.0f} MB" + (f"\n{row.encoder}" if means["encoder"].nunique() > 1 else "")
-        place = (row.image_ms, getattr(row, metric))
-        axis.annotate(label, place, xytext=(8, 6), textcoords="offset points", fontsize=8)
+        label = f"{row.model}, {row.size_mb:.0f} MB" + (f", {row.encoder}" if means["encoder"].nunique() > 1 else "")
+        axis.scatter(row.image_ms, getattr(row, metric), s=area, color=f"C{number}", alpha=0.6, label=label)
+    for handle in figure.legend(loc="outside right upper", fontsize=8).legend_handles:
+        handle.set_sizes([50])
     axis.set(xscale="log", xlabel="ms an image (PyTorch)", ylabel=f"mean {metric.replace('_', ' ')}")
     axis.margins(0.25)
     axis.grid(visible=True, which="both", alpha=0.3)

@@ -65,8 +65,15 @@ def summary_table(results: pd.DataFrame) -> Table:
     """
     columns = ["model", "encoder", "size", *TITLES.values(), "training s", "test ms an image", "peak MB", "model MB"]
     table = Table("All categories", columns, note=_spread(results, "Means over categories"))
-    groups = list(results.groupby(["encoder", "size", "model"], sort=False))
-    for (encoder, size, model), group in groups:
+    categories = results["category"].nunique()
+    complete = []
+    for (encoder, size, model), group in results.groupby(["encoder", "size", "model"], sort=False):
+        done = group["category"].nunique()
+        if done == categories:
+            complete.append(len(table.rows))
+        else:
+            # Not to be compared with the others: some categories are harder.
+            model = f"{model} ({done} of {categories} categories)"
         # σ of the mean over categories: each seed has a mean of its own.
         means = group.groupby("seed")[[metric for metric in METRICS if metric in group]].mean()
         figures = [_mean(means.get(metric)) for metric in METRICS]
@@ -78,7 +85,7 @@ def summary_table(results: pd.DataFrame) -> Table:
         ]
         table.rows.append([str(model), str(encoder), str(size), *figures, *costs])
     for place in range(3, 3 + len(METRICS)):
-        _mark_best(table, list(range(len(table.rows))), place)
+        _mark_best(table, complete, place)
     return table
 
 

@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cflow_plugin.distributed import share_of_batch
+from cflow_plugin.feature_bank import VectorBatch
+
+from .conftest import QUICK, run_command
+
+
+def config_file(folder: Path) -> str:
+    config = {
+        "seed_everything": 3,
+        "model": {
+            "class_path": "CflowPlugin",
+            "init_args": {**QUICK, "image_size": [64, 64], "epochs": 2, "steps_per_epoch": 5},
+        },
+        # Nine test images: two processes cannot share them evenly.
+        "data": {
+            "class_path": "Textures",
+            "init_args": {"resolution": 64, "train_good": 10, "test_good": 4, "test_defect": 1, "num_workers": 0},
+        },
+        "trainer": {"accelerator": "cpu", "logger": False},
+    }
+    (folder / "train.yaml").write_text(yaml.safe_dump(config))
+    return "train.yaml"
+
+
+def results_of(folder: Path) -> tuple[dict, dict, set[str]]:
+    [run] = [path for path in (folder / "CflowPlugin/Textures/weave").iterdir() if not path.is_symlink()]
+    assert (run.parent / "latest").resolve() == run.resolve()
+    weights = torch.load(run / "weights/lightning/model.ckpt", weights_only=True)["state_dict"]
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    return weights, json.loads((run / "metrics.json").read_text()), files
+
+
+@pytest.mark.long
+def test_two_processes_do_what_one_does(tmp_path):
+    name = config_file(tmp_path)
+    run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path)
+    ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    run_command("anomalib", "train", "--config", name, "--default_root_dir", "two", *ddp, cwd=tmp_path)
+    weights, metrics, files = results_of(tmp_path / "one")
+    others, other_metrics, other_files = results_of(tmp_path / "two")
+    assert others.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=0, atol=1e-5, equal_nan=True, msg=key)
+    assert other_metrics == pytest.approx(metrics, abs=1e-5)
+    assert other_files == files
+    assert sum(file.endswith(".png") for file in files) == 9
+
+
+@pytest.mark.long
+def test_anomalib_s_command_line_keeps_the_seed(tmp_path):
+    name = config_file(tmp_path)
+    for folder in ("first", "second"):
+        run_command("anomalib", "train", "--config", name, "--default_root_dir", folder, cwd=tmp_path)
+    other = ["--default_root_dir", "third", "--seed_everything", "4"]
+    run_command("anomalib", "train", "--config", name, *other, cwd=tmp_path)
+    first, second, third = (results_of(tmp_path / folder)[0] for folder in ("first", "second", "third"))
+    assert all(torch.equal(first[key].nan_to_num(), second[key].nan_to_num()) for key in first)
+    assert not all(torch.equal(first[key].nan_to_num(), third[key].nan_to_num()) for key in first)
+
+
+@pytest.mark.parametrize(("images", "processes"), [(8, 2), (7, 3), (2, 4), (5, 1)])
+def test_shares_make_up_the_batch(images, processes):
+    vectors = torch.arange(images * 6.0).reshape(images, 3, 2)
+    batch = VectorBatch([vectors], [torch.arange(3)], [vectors + 100])
+    shares = [share_of_batch(batch, rank, processes) for rank in range(processes)]
+    if images < processes:
+        assert all(torch.equal(share.vectors[0], vectors) for share in shares)
+        return
+    rows = torch.cat([share.vectors[0] for share in shares])
+    assert sorted(rows.flatten().tolist()) == vectors.flatten().tolist()
+    for share in shares:
+        assert torch.equal(share.noise[0], share.vectors[0] + 100)
+        assert torch.equal(share.positions[0], batch.positions[0])
