@@ -86,7 +86,7 @@ def measure(
     seconds = time.perf_counter() - start
     logged = {key: value.item() for key, value in engine.trainer.callback_metrics.items()}
     memory = peak_resident_bytes() / 2**20
-    # The metrics take whatever exceeds one for a logit, and saturate: scores have to be normalised first.
+    # As in ordinary use, validation fits what scores are normalised by before they are tested.
     engine = Engine(default_root_dir=output, **trainer)
     engine.validate(model, datamodule=datamodule, verbose=False)
     [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
