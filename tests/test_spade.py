@@ -9,6 +9,7 @@ from anomalib.data import MVTecAD
 from anomalib.deploy import TorchInferencer
 from anomalib.metrics import AUROC, Evaluator
 from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
@@ -382,15 +383,16 @@ def test_real_images_with_real_weights(tmp_path):
     weights = str(SHARED / "weights" / "resnet18.tv_in1k-layer1-3.safetensors")
     model = Spade(backbone="resnet18", image_layer="layer3", weights=weights)
     data = MVTecAD(root=SHARED / "data", category="cookies", num_workers=0)
-    [metrics] = make_engine(tmp_path, limit_val_batches=0).train(model, datamodule=data)
     labels, scores, masks, maps = [], [], [], []
-    with torch.no_grad():
-        for batch in data.test_dataloader():
-            result = model(batch.image)
-            labels.append(batch.gt_label)
-            scores.append(result.pred_score)
-            masks.append(batch.gt_mask.flatten())
-            maps.append(result.anomaly_map.flatten())
+
+    class Collect(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, *_):
+            labels.append(outputs.gt_label)
+            scores.append(outputs.pred_score)
+            masks.append(outputs.gt_mask.flatten())
+            maps.append(outputs.anomaly_map.flatten())
+
+    [metrics] = make_engine(tmp_path, limit_val_batches=0, callbacks=[Collect()]).train(model, datamodule=data)
     image = roc_auc_score(torch.cat(labels), torch.cat(scores))
     pixel = roc_auc_score(torch.cat(masks), torch.cat(maps))
     assert metrics["image_AUROC"] == pytest.approx(image, abs=1e-6)
