@@ -7,7 +7,9 @@ import torch
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.deploy import TorchInferencer
+from anomalib.metrics import AUROC, Evaluator
 from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
@@ -227,16 +229,21 @@ def test_scales_are_medians_of_training_images_distances(spade, textures):
     assert 0.1 < spade.model.pixel_scale / cells.median() < 10
 
 
-@pytest.mark.parametrize("validation", [True, False])
-def test_metrics_equal_scikit_learn_s_on_raw_distances(textures, tmp_path, validation):
+# Validation has anomalib clamp scores to the range it saw, which makes ties of what lies far beyond.
+@pytest.mark.parametrize(("validation", "contrast"), [(True, 100), (False, 3000)])
+def test_metrics_equal_scikit_learn_s_on_raw_distances(textures, tmp_path, validation, contrast):
     """torchmetrics would take distances above one for logits, and saturate them where validation has not run."""
-    model = Spade(**SMALL, k=3)
-    model.model.encoder.network.colours.mul_(100)  # distances as large as a trained CNN's
+    theirs = [
+        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+        AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
+    ]
+    model = Spade(**SMALL, k=3, evaluator=validation or Evaluator(test_metrics=theirs))
+    model.model.encoder.network.colours.mul_(contrast)
     engine = make_engine(tmp_path, **({} if validation else {"limit_val_batches": 0}))
     [metrics] = engine.train(model, datamodule=textures)
     scores, maps, _ = expected_of(model, textures)
-    assert scores.min() > 1
-    assert np.median(maps) > 1
+    # A sigmoid of them would be one, to the last digit of float32.
+    assert validation or min(scores.min(), maps.min()) > 20
     labels = [bool(item.gt_label) for item in textures.test_data]
     masks = np.stack([np.asarray(item.gt_mask) for item in textures.test_data]).ravel()
     assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
@@ -376,15 +383,16 @@ def test_real_images_with_real_weights(tmp_path):
     weights = str(SHARED / "weights" / "resnet18.tv_in1k-layer1-3.safetensors")
     model = Spade(backbone="resnet18", image_layer="layer3", weights=weights)
     data = MVTecAD(root=SHARED / "data", category="cookies", num_workers=0)
-    [metrics] = make_engine(tmp_path, limit_val_batches=0).train(model, datamodule=data)
     labels, scores, masks, maps = [], [], [], []
-    with torch.no_grad():
-        for batch in data.test_dataloader():
-            result = model(batch.image)
-            labels.append(batch.gt_label)
-            scores.append(result.pred_score)
-            masks.append(batch.gt_mask.flatten())
-            maps.append(result.anomaly_map.flatten())
+
+    class Collect(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, *_):
+            labels.append(outputs.gt_label)
+            scores.append(outputs.pred_score)
+            masks.append(outputs.gt_mask.flatten())
+            maps.append(outputs.anomaly_map.flatten())
+
+    [metrics] = make_engine(tmp_path, limit_val_batches=0, callbacks=[Collect()]).train(model, datamodule=data)
     image = roc_auc_score(torch.cat(labels), torch.cat(scores))
     pixel = roc_auc_score(torch.cat(masks), torch.cat(maps))
     assert metrics["image_AUROC"] == pytest.approx(image, abs=1e-6)

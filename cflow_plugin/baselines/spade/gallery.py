@@ -11,7 +11,7 @@ from torch import nn
 from cflow_plugin.errors import CflowError
 
 # Distances computed at once: few enough for a processor's cache, enough to keep a GPU busy.
-_CHUNK_VALUES = 4 * 1024**2
+_CHUNK_VALUES = 2 * 1024**2
 
 
 class Gallery(nn.Module):
@@ -160,14 +160,16 @@ class Gallery(nn.Module):
         width = sizes[0][1]
         chunk = max(1, _CHUNK_VALUES // (groups.numel() * width)) * width  # whole rows: their coarse cells are shared
 
+        # One matrix product gives -2 q.g + |g|^2: the gallery's vectors bring their squared norms as a last component.
+        queries = [torch.cat([-2 * part, part.new_ones(len(part), 1)], dim=1) for part in vectors]
         best = vectors[0].new_full((len(vectors[0]), count), float("inf"))
         for image in images:
             own = [part.to(device, vectors[0].dtype) for part in self.vectors(image)]
-            norms = [part.square().sum(1) for part in own]
+            own = [torch.cat([part, part.square().sum(1, keepdim=True)], dim=1) for part in own]
             # In the order of groups, and never nearest where a group has no further member.
-            own[0] = own[0][groups.clamp(min=0).flatten()]
-            norms[0] = norms[0][groups.clamp(min=0).flatten()].masked_fill(groups.flatten() < 0, float("inf"))
-            search = _Search(vectors, parents, own, own_parents, norms)
+            own[0] = own[0].index_select(0, groups.clamp(min=0).flatten())
+            own[0][groups.flatten() < 0, -1] = float("inf")
+            search = _Search(queries, parents, own, own_parents)
             for start in range(0, len(best), chunk):
                 rows = slice(start, min(start + chunk, len(best)))
                 found = search.finest(rows, len(groups), count)
@@ -184,17 +186,15 @@ class _Search:
 
     def __init__(
         self,
-        vectors: Sequence[torch.Tensor],
+        queries: Sequence[torch.Tensor],
         parents: Sequence[torch.Tensor],
         own: Sequence[torch.Tensor],
         own_parents: Sequence[torch.Tensor],
-        norms: Sequence[torch.Tensor],
     ) -> None:
-        self._vectors = vectors
+        self._queries = queries
         self._parents = parents
         self._own = own
         self._own_parents = own_parents
-        self._norms = norms
 
     def finest(self, rows: slice, group: int, count: int) -> torch.Tensor:
         """The ``count`` smallest for each of these rows, or so many of them that none of the smallest is missing."""
@@ -209,7 +209,7 @@ class _Search:
         )
 
     def _product(self, scale: int, rows: slice) -> torch.Tensor:
-        return torch.addmm(self._norms[scale], self._vectors[scale][rows], self._own[scale].T, alpha=-2)
+        return self._queries[scale][rows] @ self._own[scale].T
 
     def _above(self, scale: int, rows: slice) -> torch.Tensor:
         """What the coarser scales add for these rows of a scale and each gallery cell of the next coarser one."""
@@ -217,8 +217,8 @@ class _Search:
         low, high = int(cells.min()), int(cells.max()) + 1
         values = self._product(scale + 1, slice(low, high))
         if scale + 1 < len(self._parents):
-            values += self._above(scale + 1, slice(low, high))[:, self._own_parents[scale + 1]]
-        return values[(cells - low).to(values.device)]
+            values += self._above(scale + 1, slice(low, high)).index_select(1, self._own_parents[scale + 1])
+        return values.index_select(0, (cells - low).to(values.device))
 
 
 def _cells_above(fine: tuple[int, int], coarse: tuple[int, int]) -> torch.Tensor:
