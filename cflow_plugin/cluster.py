@@ -1,6 +1,6 @@
 """Ray, where it is installed: joining a cluster or starting one on this machine."""
 
-__all__ = ["connected", "reason"]
+__all__ = ["connected", "reason", "room"]
 
 import logging
 import os
@@ -29,7 +29,6 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[ModuleTy
         CflowError: If Ray is not installed, or there is no cluster at that address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
         import ray.data
@@ -50,6 +49,25 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[ModuleTy
         yield ray
     finally:
         ray.shutdown()
+
+
+def room(ray: ModuleType, threads: int) -> int:
+    """How many workers fit into the cluster at once.
+
+    Args:
+        ray: The module, connected.
+        threads: CPUs of a worker, which must be on one machine.
+
+    Raises:
+        CflowError: If no machine has that many.
+    """
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if max(cpus, default=0) < threads:
+        message = (
+            f"No machine of the cluster has {threads} CPUs (at most {max(cpus, default=0)}); choose fewer --threads."
+        )
+        raise CflowError(message)
+    return sum(count // threads for count in cpus)
 
 
 def reason(error: BaseException) -> str:

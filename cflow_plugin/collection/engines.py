@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from cflow_plugin.cluster import connected, reason
+from cflow_plugin.cluster import connected, reason, room
 from cflow_plugin.collection.parts import Parts
 from cflow_plugin.collection.scorer import Scorer, Settings
 from cflow_plugin.errors import CflowError
@@ -85,7 +85,8 @@ def score_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        most = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+        fit = room(ray, threads)
+        most = fit if workers is None else workers
         blocks = min(len(batches), _MOST_BLOCKS)
         items = ray.data.from_items([{"paths": batch} for batch in batches], override_num_blocks=blocks)
         # The pool may shrink to one worker: a machine that is lost takes its share of workers with it.

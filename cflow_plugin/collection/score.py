@@ -69,7 +69,7 @@ def score(
     console = Console()
     with parts.opened({"model": _fingerprint(model), "precision": precision, "maps": maps}):
         batches = parts.missing(images, batch)
-        todo = sum(map(len, batches))
+        todo, errors = sum(map(len, batches)), 0
         if todo < len(images):
             console.print(f"{len(images) - todo} of {len(images)} images are scored already ({parts.folder}).")
         if todo:
@@ -77,7 +77,7 @@ def score(
                 running = score_here(batches, parts, settings)
             else:
                 running = score_on_ray(batches, parts, settings, address, workers)
-            start, errors = time.monotonic(), 0
+            start = time.monotonic()
             with Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -97,7 +97,7 @@ def score(
             if errors:
                 logger.warning("%d images could not be scored; the column error says why.", errors)
     logger.info("Scores are in %s.", parts.folder)
-    if todo and errors == todo:
+    if todo == len(images) == errors:
         message = f"None of the {todo} images could be scored; the column error in {parts.folder} says why."
         raise CflowError(message)
 
