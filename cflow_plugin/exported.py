@@ -66,5 +66,6 @@ def compile_exported(
     """
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
     if threads is not None and device == "CPU":
-        settings["INFERENCE_NUM_THREADS"] = threads
+        # Several workers on a machine would otherwise be pinned to the same first cores.
+        settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     return ov.Core().compile_model(read_exported(path), device, settings)

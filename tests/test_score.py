@@ -60,7 +60,7 @@ def test_scores_are_those_of_anomalib(exported, pictures, tmp_path):
         expected = inferencer.predict(picture[..., ::-1])
         assert row["score"] == pytest.approx(np.asarray(expected.pred_score).item(), abs=1e-5)
         assert row["anomalous"] == np.asarray(expected.pred_label).item()
-        assert row["error"] is None
+        assert pd.isna(row["error"])
         packed = cv2.imdecode(np.frombuffer(row["anomaly_map"], np.uint8), cv2.IMREAD_UNCHANGED)
         np.testing.assert_allclose(packed / 255, np.squeeze(np.asarray(expected.anomaly_map)), atol=0.5 / 255 + 1e-5)
     assert table["score"].nunique() == len(table)

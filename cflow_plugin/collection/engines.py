@@ -25,7 +25,7 @@ class Done(NamedTuple):
 
 
 def score_here(batches: list[list[str]], parts: Parts, settings: Settings) -> Iterator[Done]:
-    """Score batches with all threads of this process.
+    """Score batches in this process.
 
     Args:
         batches: Paths.
@@ -34,7 +34,8 @@ def score_here(batches: list[list[str]], parts: Parts, settings: Settings) -> It
     """
     scorer = Scorer(settings)
     try:
-        for batch, rows in scorer(batches):
+        for batch in batches:
+            rows = scorer(batch)
             parts.write(batch, rows)
             yield Done(len(rows), sum(row.error is not None for row in rows))
     finally:
@@ -55,7 +56,7 @@ class _Worker:
         if file.exists():
             errors = len(batch) - pq.read_table(file, columns=["error"]).column("error").null_count
         else:
-            [(_, scored)] = self.score([batch])
+            scored = self.score(batch)
             self.parts.write(batch, scored)
             errors = sum(row.error is not None for row in scored)
         return {"images": np.array([len(batch)]), "errors": np.array([errors])}

@@ -2,15 +2,16 @@
 
 __all__ = ["Scorer", "Settings"]
 
-import threading
-from collections.abc import Iterable, Iterator
+import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import cv2
 import numpy as np
+import openvino as ov
 
 from cflow_plugin.collection.parts import Row
 from cflow_plugin.exported import compile_exported
@@ -39,10 +40,10 @@ class Settings:
 
 
 class Scorer:
-    """An exported model with threads that read images, run it and pack its maps.
+    """An exported model, with threads that read images ahead of it.
 
-    Each thread has a request of its own to the model and takes an image all the way, so no more images are in memory
-    than there are threads, and one is read while another is scored.
+    Only the thread that calls it hands images to OpenVINO: its requests must not be filled by several Python threads,
+    which can wait for each other for ever.
 
     Args:
         settings: How images are scored.
@@ -50,62 +51,78 @@ class Scorer:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._compiled = compile_exported(
-            settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads
-        )
-        streams = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self._threads = ThreadPoolExecutor(streams + 1)
-        self._own = threading.local()
+        compiled = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
+        self._queue = ov.AsyncInferQueue(compiled)
+        self._queue.set_callback(self._keep)
+        self._alone = compiled.create_infer_request()
+        self._readers = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1)
 
-    def __call__(self, batches: Iterable[list[str]]) -> Iterator[tuple[list[str], list[Row]]]:
-        """Score batches, the next being begun before the last is finished.
+    def __call__(self, batch: list[str]) -> list[Row]:
+        """Score a batch; whatever is wrong with an image becomes the error of its row.
 
         Args:
-            batches: Paths.
+            batch: Paths.
 
-        Yields:
-            Each batch and its rows, in their order.
+        Returns:
+            A row for each, in this order.
         """
-        waiting: tuple[list[str], list[Future[Row]]] | None = None
+        rows: list[Row | None] = [None] * len(batch)
+        reading: deque[tuple[int, Future[np.ndarray | str]]] = deque()
+        ahead = 2 * len(self._queue) + 2  # so many images are in memory, and no more
+        for place, path in enumerate(batch):
+            reading.append((place, self._readers.submit(self._read, path)))
+            if len(reading) > ahead:
+                self._start(batch, rows, *reading.popleft())
+        while reading:
+            self._start(batch, rows, *reading.popleft())
         try:
-            for batch in chain(batches, [None]):
-                begun = None if batch is None else (batch, [self._threads.submit(self.row, path) for path in batch])
-                waiting, ready = begun, waiting
-                if ready is not None:
-                    yield ready[0], [future.result() for future in ready[1]]
-        finally:
-            for future in waiting[1] if waiting else []:
-                future.cancel()
+            self._queue.wait_all()
+        except RuntimeError:  # of an image, but it does not say of which; those without a row are tried one by one
+            self._queue = ov.AsyncInferQueue(self._alone.get_compiled_model())
+            self._queue.set_callback(self._keep)
+        return [row or self._once_more(path) for row, path in zip(rows, batch, strict=True)]
 
-    def row(self, path: str) -> Row:
-        """Score one image; whatever is wrong with it becomes its error.
-
-        Args:
-            path: Its path.
-        """
+    def _read(self, path: str) -> np.ndarray | str:
         try:
             image = read_image(self.settings.root / path)
         except OSError as error:
-            return Row(path, error=f"could not be read: {error.strerror or error}")
+            return f"could not be read: {error.strerror or error}"
         except (ValueError, cv2.error, MemoryError) as error:
-            return Row(path, error=f"could not be read: {error}")
-        if image is None:
-            return Row(path, error="could not be read as an image")
-        if not hasattr(self._own, "request"):
-            self._own.request = self._compiled.create_infer_request()
+            return f"could not be read: {error}"
+        return "could not be read as an image" if image is None else image
+
+    def _start(self, batch: list[str], rows: list[Row | None], place: int, reader: Future[np.ndarray | str]) -> None:
+        image = reader.result()
+        if isinstance(image, str):
+            rows[place] = Row(batch[place], error=image)
+            return
+        with suppress(RuntimeError):  # without a row it is tried again, alone
+            self._queue.start_async([image[None]], (batch, rows, place))
+
+    def _keep(self, request: ov.InferRequest, job: tuple[list[str], list[Row | None], int]) -> None:
+        batch, rows, place = job
+        rows[place] = self._row(batch[place], request)
+
+    def _once_more(self, path: str) -> Row:
+        image = self._read(path)
+        if isinstance(image, str):
+            return Row(path, error=image)
         try:
-            result = self._own.request.infer([image[None]])
+            self._alone.infer([image[None]])
         except RuntimeError as error:
             return Row(path, error=f"could not be scored: {str(error).strip().splitlines()[-1]}")
-        score = float(result["pred_score"][0])
+        return self._row(path, self._alone)
+
+    def _row(self, path: str, request: ov.InferRequest) -> Row:
+        score = float(request.get_tensor("pred_score").data.flat[0])
         if not np.isfinite(score):
             return Row(path, error="could not be scored: the score is not a finite number")
-        anomaly_map = _png(result["anomaly_map"][0, 0]) if self.settings.maps else None
-        return Row(path, score, bool(result["pred_label"][0]), None, anomaly_map)
+        anomaly_map = _png(request.get_tensor("anomaly_map").data[0, 0]) if self.settings.maps else None
+        return Row(path, score, bool(request.get_tensor("pred_label").data.flat[0]), None, anomaly_map)
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
 
 def _png(anomaly_map: np.ndarray) -> bytes:
