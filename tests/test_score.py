@@ -22,9 +22,9 @@ from cflow_plugin.data.textures import draw
 from .conftest import run_command
 
 
-@pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    return trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=(64, 64))
+@pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
+def exported(request, trained, tmp_path_factory):
+    return trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=request.param)
 
 
 def draw_pictures(folder: Path, count: int) -> Path:

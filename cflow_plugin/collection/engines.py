@@ -4,6 +4,7 @@ __all__ = ["Done", "score_here", "score_on_ray"]
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def score_on_ray(
         # The pool may shrink to one worker: a machine that is lost takes its share of workers with it.
         scored = items.map_batches(
             _Worker,
-            fn_constructor_args=(parts, settings),
+            fn_constructor_args=(parts, replace(settings, threads=threads)),
             batch_size=1,
             num_cpus=threads,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
