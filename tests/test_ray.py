@@ -74,7 +74,7 @@ def test_the_command_starts_a_cluster_of_its_own(exported, tmp_path):
     first = read(tmp_path / "results/scores")
     assert first["score"].notna().all()
     assert "6 of 6 images are scored already" in run_command(*command, cwd=tmp_path)
-    shutil.copy(tmp_path / "pictures/0.JPG", tmp_path / "pictures/1.JPG")
+    shutil.copy(tmp_path / "pictures/0.BMP", tmp_path / "pictures/1.BMP")
     assert "6 of 7 images are scored already" in run_command(*command, "--engine", "local", cwd=tmp_path)
     pd.testing.assert_frame_equal(read(tmp_path / "results/scores").loc[first.index], first)
 

@@ -32,7 +32,7 @@ def draw_pictures(folder: Path, count: int) -> Path:
     (folder / "deeper").mkdir(parents=True)
     for number in range(count):
         picture = draw("weave", "hole" if number % 3 == 0 else "good", "test", number, size=64).image[..., ::-1]
-        name = f"deeper/ü {number}.png" if number % 2 else f"{number}.JPG"
+        name = f"deeper/ü {number}.png" if number % 2 else f"{number}.BMP"
         cv2.imencode(Path(name).suffix, picture)[1].tofile(folder / name)
     return folder
 
@@ -69,7 +69,7 @@ def test_scores_are_those_of_anomalib(exported, pictures, tmp_path):
 def test_what_cannot_be_read_has_a_row_that_says_why(exported, pictures, tmp_path, caplog):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
-    whole = (folder / "0.JPG").read_bytes()
+    whole = (folder / "0.BMP").read_bytes()
     (folder / "broken.png").write_bytes(b"not an image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
@@ -84,7 +84,7 @@ def test_what_cannot_be_read_has_a_row_that_says_why(exported, pictures, tmp_pat
     assert table.drop(wrong.index)["score"].notna().all()
     assert len(table) == 7 + 3
     assert "3 images could not be scored" in caplog.text
-    assert whole == (folder / "0.JPG").read_bytes()
+    assert whole == (folder / "0.BMP").read_bytes()
 
 
 def test_nothing_but_damage(exported, tmp_path):
@@ -97,7 +97,7 @@ def test_listing(pictures, tmp_path):
     everything = sorted(str(path) for path in pictures.rglob("*.*"))
     assert list_images(str(pictures)) == everything
     assert list_images(str(pictures / "**" / "*.png")) == [path for path in everything if path.endswith("png")]
-    assert list_images(str(pictures / "*.JPG")) == [path for path in everything if path.endswith("JPG")]
+    assert list_images(str(pictures / "*.BMP")) == [path for path in everything if path.endswith("BMP")]
     assert list_images(everything[0]) == everything[:1]
     tables = tmp_path / "tables"
     tables.mkdir()
@@ -109,9 +109,9 @@ def test_listing(pictures, tmp_path):
 
 def test_a_table_of_relative_paths(exported, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(pictures)
-    pd.DataFrame({"path": ["2.JPG", "0.JPG"]}).to_parquet(tmp_path / "list.parquet")
+    pd.DataFrame({"path": ["2.BMP", "0.BMP"]}).to_parquet(tmp_path / "list.parquet")
     score(exported, str(tmp_path / "list.parquet"), tmp_path / "out")
-    assert list(pd.read_parquet(tmp_path / "out")["path"]) == ["2.JPG", "0.JPG"]
+    assert list(pd.read_parquet(tmp_path / "out")["path"]) == ["2.BMP", "0.BMP"]
     assert read(tmp_path / "out")["score"].notna().all()
 
 
@@ -142,14 +142,14 @@ def test_going_on(exported, pictures, tmp_path):
     score(exported, str(folder), out, batch=3)
     first = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     before = read(out)
-    shutil.copy(folder / "0.JPG", folder / "00.JPG")  # sorts into the middle of a batch
+    shutil.copy(folder / "0.BMP", folder / "00.BMP")  # sorts into the middle of a batch
     damaged = sorted(first)[0]
     lost = set(pd.read_parquet(damaged)["path"])
     damaged.write_bytes(damaged.read_bytes()[:100])
     (out / ".part-0-1.partial").write_bytes(b"half a part")
     score(exported, str(folder), out, batch=3)
     after = read(out)
-    assert set(after.index) == set(before.index) | {str(folder / "00.JPG")}
+    assert set(after.index) == set(before.index) | {str(folder / "00.BMP")}
     assert not after.index.has_duplicates
     pd.testing.assert_frame_equal(after.loc[before.index], before)
     assert {path for path, time in first.items() if path.exists() and path.stat().st_mtime_ns == time} == set(first) - {
@@ -170,7 +170,7 @@ def test_a_batch_that_comes_twice_is_one_part(tmp_path):
 
 
 def test_folders_of_other_scores_are_refused(exported, trained, pictures, tmp_path):
-    score(exported, str(pictures / "0.JPG"), tmp_path / "out")
+    score(exported, str(pictures / "0.BMP"), tmp_path / "out")
     with pytest.raises(CflowError, match="made with another maps"):
         score(exported, str(pictures), tmp_path / "out", maps=True)
     another = trained.to_openvino(tmp_path / "another", input_size=(96, 96))
@@ -184,7 +184,7 @@ def test_folders_of_other_scores_are_refused(exported, trained, pictures, tmp_pa
     with Parts(tmp_path / "busy", maps=False).opened({}), pytest.raises(CflowError, match="Another run"):
         score(exported, str(pictures), tmp_path / "busy")
     with pytest.raises(CflowError, match="cannot be written"):
-        score(exported, str(pictures), pictures / "0.JPG" / "out")
+        score(exported, str(pictures), pictures / "0.BMP" / "out")
     with pytest.raises(CflowError, match="for --engine ray"):
         score(exported, str(pictures), tmp_path / "out", workers=2)
     with pytest.raises(CflowError, match="at least 1"):
