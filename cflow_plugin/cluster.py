@@ -4,6 +4,7 @@ __all__ = ["connected", "reason", "room"]
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -38,6 +39,8 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[ModuleTy
     if ray.is_initialized():
         yield ray
         return
+    if address not in (None, "auto", "local"):
+        _knock(address)
     settings = {"address": address} if address else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
@@ -49,6 +52,16 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[ModuleTy
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Complain at once of an address where nobody answers; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        message = f"There is no Ray cluster at {address} ({error}); --address takes host:port of its head, or auto."
+        raise CflowError(message) from error
 
 
 def room(ray: ModuleType, threads: int) -> int:
