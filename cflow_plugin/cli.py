@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in processes that are started, too
     from cflow_plugin.benchmark import benchmark
+    from cflow_plugin.collection import score
     from cflow_plugin.comparison import compare
     from cflow_plugin.data.scenes import make_scenes
     from cflow_plugin.import_checkpoint import import_checkpoint
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         "import-checkpoint": import_checkpoint,
         "make-scenes": make_scenes,
         "monitor": monitor,
+        "score": score,
         "watch": watch,
     }
     auto_cli(commands, args=arguments, as_positional=False, prog="cflow-plugin")

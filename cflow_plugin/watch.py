@@ -7,19 +7,18 @@ import json
 import logging
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import cv2
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
-from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 from rich.progress import Progress
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.exported import compile_exported
 from cflow_plugin.held_out_scores import held_out_scores
 from cflow_plugin.score_plot import plot_scores
 from cflow_plugin.sources import open_source
@@ -76,7 +75,7 @@ def watch(
         message = f"The frame rate must be above 0, got {frame_rate}."
         raise CflowError(message)
     known = None if truth is None else read_truth(truth)
-    run = _load(model, device, precision)
+    compiled = compile_exported(model, device, precision)
     good = held_out_scores(model)
     frames, total, is_film, rate = open_source(source, frame_rate)
     if known is not None and known.total not in (None, total) and not is_film:
@@ -105,7 +104,7 @@ def watch(
                     logger.warning("%s could not be read as an image; it is left out.", name)
                     continue
                 start = time.perf_counter()
-                result = run(frame)
+                result = compiled([frame[None]])
                 spent = time.perf_counter() - start
                 speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) / spent if history.scores else 1 / spent
                 score = float(result["pred_score"][0])
@@ -192,37 +191,6 @@ class _History:
         logger.info("%s (%d frames, %d of them anomalous)", words, len(truth), truth.sum())
         (output / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
         return words
-
-
-def _load(path: Path, device: str, precision: str) -> Callable[[np.ndarray], Mapping]:
-    """Compile a model for pictures as OpenCV reads them: ``(H, W, 3)``, bytes, blue first, of any size."""
-    if not path.is_file():
-        message = f"There is no exported model at {path}; `anomalib export --model CflowPlugin` writes one."
-        raise CflowError(message)
-    core = ov.Core()
-    try:
-        model = core.read_model(path)
-        outputs = {name for output in model.outputs for name in output.get_names()}
-    except RuntimeError as error:
-        message = f"{path} could not be read as an OpenVINO or ONNX model."
-        raise CflowError(message) from error
-    if not {"pred_score", "pred_label", "anomaly_map"} <= outputs:
-        message = f"{path} gives {', '.join(sorted(outputs))}; a model exported by anomalib with thresholds is needed."
-        raise CflowError(message)
-    shape = model.input(0).partial_shape
-    steps = PrePostProcessor(model)
-    tensor = steps.input().tensor()
-    tensor.set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_color_format(ColorFormat.BGR)
-    steps.input().model().set_layout(ov.Layout("NCHW"))
-    prepare = steps.input().preprocess()
-    prepare.convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(255.0)
-    if shape[2].is_static:
-        tensor.set_spatial_dynamic_shape()
-        prepare.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
-    compiled = core.compile_model(
-        steps.build(), device, {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    )
-    return lambda frame: compiled([frame[None]])
 
 
 def _write(path: Path, picture: np.ndarray) -> None:

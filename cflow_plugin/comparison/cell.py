@@ -1,6 +1,6 @@
 """One cell of a comparison: which model, encoder, data and seed, and how it is trained and tested."""
 
-__all__ = ["METRICS", "MODELS", "Cell", "DataSet", "EncoderChoice", "Variant", "build_model", "run_cell"]
+__all__ = ["METRICS", "MODELS", "Cell", "DataSet", "EncoderChoice", "Job", "Variant", "build_model", "run_cell"]
 
 import dataclasses
 import hashlib
@@ -111,6 +111,21 @@ class Cell:
         return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
+@dataclass(frozen=True)
+class Job:
+    """What all cells of a comparison share beside their settings.
+
+    Attributes:
+        folder: Results go below ``cells/`` there.
+        threads: CPU threads of a training.
+        keep_weights: Keep the checkpoints that training writes; the largest are gigabytes.
+    """
+
+    folder: Path
+    threads: int
+    keep_weights: bool
+
+
 def build_model(variant: Variant, encoder: EncoderChoice, image_size: tuple[int, int]) -> Any:
     """Build a model as a comparison trains it: the given encoder, the same evaluator, no pictures.
 
@@ -172,17 +187,15 @@ def _load_weights(model: Any, file: Path) -> None:
             network.load_state_dict({key: given.get(key, value) for key, value in needed.items()})
 
 
-def run_cell(cell: Cell, folder: Path, threads: int, keep_weights: bool) -> dict[str, Any]:
+def run_cell(cell: Cell, job: Job) -> dict[str, Any]:
     """Train and test one cell in this process.
 
     The model is trained without validation and tested as it is after the last epoch; no threshold is fitted before
     the test, so nothing but the reported F1 score depends on test labels.
 
     Args:
-        cell: What to run.
-        folder: Results go below ``cells/`` there.
-        threads: CPU threads.
-        keep_weights: Keep the checkpoints that training writes; the largest are gigabytes.
+        cell: What to run; what a killed run left of it is removed.
+        job: Where and how.
 
     Returns:
         A row of results: metrics, seconds, memory and sizes.
@@ -194,7 +207,7 @@ def run_cell(cell: Cell, folder: Path, threads: int, keep_weights: bool) -> dict
     from cflow_plugin.benchmark.speed import peak_resident_bytes
     from cflow_plugin.comparison.record import Recorder
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(job.threads)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     seed_everything(cell.seed, verbose=False)
@@ -202,7 +215,8 @@ def run_cell(cell: Cell, folder: Path, threads: int, keep_weights: bool) -> dict
     datamodule = _build_data(cell)
     recorder = Recorder()
     length = {} if cell.variant.max_epochs is None else {"max_epochs": cell.variant.max_epochs}
-    home = folder / "cells" / cell.key
+    home = job.folder / "cells" / cell.key
+    shutil.rmtree(home, ignore_errors=True)
     engine = Engine(
         default_root_dir=home / "training",
         callbacks=[recorder],
@@ -219,7 +233,7 @@ def run_cell(cell: Cell, folder: Path, threads: int, keep_weights: bool) -> dict
     [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     facts = recorder.save(home / "record.npz")
-    if not keep_weights:
+    if not job.keep_weights:
         shutil.rmtree(home / "training", ignore_errors=True)
     return {
         **{metric: float(metrics[metric]) for metric in METRICS if metric in metrics},

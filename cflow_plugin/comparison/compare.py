@@ -7,19 +7,19 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cflow_plugin.benchmark.report import describe_machine
-from cflow_plugin.comparison.cell import METRICS, MODELS, Cell, DataSet, EncoderChoice, Variant, run_cell
+from cflow_plugin.comparison.cell import METRICS, MODELS, Cell, DataSet, EncoderChoice, Job, Variant, run_cell
+from cflow_plugin.comparison.on_ray import run_on_ray
 from cflow_plugin.comparison.report import write_report
 from cflow_plugin.encoder import Encoder
 from cflow_plugin.errors import CflowError, explain
@@ -37,6 +37,8 @@ def compare(
     threads: int = 2,
     keep_weights: bool = False,
     output: Path = Path("results/comparison"),
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> None:
     """Train and test models on the same data, with the same encoder and by the same protocol, and write a report.
 
@@ -58,7 +60,14 @@ def compare(
         threads: CPU threads of a training.
         keep_weights: Keep the checkpoints; without it only figures and curves are kept.
         output: Folder for results and report; what is there already is not run again.
+        engine: local trains one cell after another; ray trains as many at once as a Ray cluster has CPUs for, and needs
+            pip install "cflow-plugin[ray]".
+        address: A Ray cluster's host:port, or auto on one of its machines; data, weights and output must be files that
+            all its machines see under the same names. Without it ray uses this machine.
     """
+    if engine == "local" and address is not None:
+        message = "--address is for --engine ray."
+        raise CflowError(message)
     console = Console()
     cells = _plan(data, models, variants, encoders, seeds, image_size)
     output.mkdir(parents=True, exist_ok=True)
@@ -76,9 +85,12 @@ def compare(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
         task = progress.add_task("Comparing", total=len(todo))
-        for cell, row in _run(
-            todo, output, threads, keep_weights, lambda cell: progress.update(task, description=str(cell))
-        ):
+        job = Job(output.absolute(), threads, keep_weights)
+        if engine == "local":
+            finished = _run(todo, job, lambda cell: progress.update(task, description=str(cell)))
+        else:
+            finished = run_on_ray(todo, job, address) if todo else iter(())
+        for cell, row in finished:
             progress.advance(task)
             if isinstance(row, str):
                 failed[str(cell)] = row
@@ -140,17 +152,13 @@ def _fetch_weights(encoders: list[EncoderChoice]) -> None:
             encoder.load_pretrained()
 
 
-def _run(
-    cells: list[Cell], output: Path, threads: int, keep_weights: bool, announce: Any
-) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+def _run(cells: list[Cell], job: Job, announce: Callable[[Cell], None]) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
     """Run cells one after another, each in a process of its own; a row of results, or why there is none."""
     for cell in cells:
         announce(cell)
-        # What a killed run left of this cell.
-        shutil.rmtree(output / "cells" / cell.key, ignore_errors=True)
         try:
             with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-                yield cell, executor.submit(run_cell, cell, output, threads, keep_weights).result()
+                yield cell, executor.submit(run_cell, cell, job).result()
         except BrokenProcessPool:
             yield cell, "its process died, probably for lack of memory."
         except Exception as error:  # one cell's failure must not cost the others
@@ -199,7 +207,8 @@ class _Results:
         }
         where = {"date": machine["date"], "processor": machine["processor"], "threads": machine["threads"]}
         where["versions"] = ", ".join(machine["versions"].values())
-        self._rows = pd.concat([self._rows, pd.DataFrame([{**what, **row, **where}])], ignore_index=True)
+        elsewhere = {name: row[name] for name in where if name in row}  # where a cluster's machine says otherwise
+        self._rows = pd.concat([self._rows, pd.DataFrame([{**what, **row, **where, **elsewhere}])], ignore_index=True)
         partial = self.file.with_suffix(".partial")
         self._rows.to_csv(partial, index=False)
         os.replace(partial, self.file)

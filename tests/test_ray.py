@@ -1,0 +1,106 @@
+import shutil
+import threading
+import time
+
+import pandas as pd
+import pytest
+
+from cflow_plugin import CflowError
+from cflow_plugin.collection import score
+
+from .conftest import run_command
+from .test_comparison import config_file
+from .test_score import draw_pictures, read
+
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "cflow-plugin[ray]"')
+pytestmark = pytest.mark.long
+
+_NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=(64, 64))
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster of two machines, as far as Ray can tell."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args=_NODE)
+    cluster.second = cluster.add_node(**{name: value for name, value in _NODE.items() if name != "include_dashboard"})
+    yield cluster
+    if ray.is_initialized():
+        ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_machine_dies_half_way(cluster, exported, tmp_path):
+    folder = draw_pictures(tmp_path / "pictures", 40)
+    for number in range(1, 25):
+        shutil.copytree(folder / "deeper", folder / f"copy {number}")
+    (folder / "broken.png").write_bytes(b"not an image")
+    expected = {str(path) for path in folder.rglob("*.*")}
+    out = tmp_path / "out"
+    killed_at = []
+
+    def kill():
+        while len(list(out.glob("*.parquet"))) < 12:
+            time.sleep(0.002)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        killed_at.append(len(list(out.glob("*.parquet"))))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    score(exported, str(folder), out, engine="ray", address=cluster.address, batch=4)
+    killer.join(timeout=30)
+    assert killed_at
+    assert killed_at[0] < len(expected) / 4
+    table = read(out)
+    assert len(table) == len(expected)
+    assert set(table.index) == expected
+    assert list(table.index[table["error"].notna()]) == [str(folder / "broken.png")]
+    score(exported, str(folder), tmp_path / "here", batch=50, threads=1)
+    pd.testing.assert_frame_equal(read(tmp_path / "here"), table, atol=1e-5)
+
+
+def test_the_command_starts_a_cluster_of_its_own(exported, tmp_path):
+    draw_pictures(tmp_path / "pictures", 6)
+    command = ["cflow-plugin", "score", "--model", exported, "--source", "pictures", "--engine", "ray", "--batch", "2"]
+    out = run_command(*command, "--workers", "1", cwd=tmp_path)
+    assert "6 images in" in out
+    first = read(tmp_path / "results/scores")
+    assert first["score"].notna().all()
+    assert "6 of 6 images are scored already" in run_command(*command, cwd=tmp_path)
+    shutil.copy(tmp_path / "pictures/0.BMP", tmp_path / "pictures/1.BMP")
+    assert "6 of 7 images are scored already" in run_command(*command, "--engine", "local", cwd=tmp_path)
+    pd.testing.assert_frame_equal(read(tmp_path / "results/scores").loc[first.index], first)
+
+
+def test_no_cluster_and_no_room(cluster, exported, tmp_path):
+    draw_pictures(tmp_path / "pictures", 1)
+    settings = {"source": str(tmp_path / "pictures"), "output": tmp_path / "out", "engine": "ray"}
+    with pytest.raises(CflowError, match="has 2 CPUs"):
+        score(exported, **settings, address=cluster.address, threads=2)
+    with pytest.raises(CflowError, match=r"no Ray cluster at 127\.0\.0\.1:1 "):
+        score(exported, **settings, address="127.0.0.1:1")
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_a_comparison(cluster, tmp_path):
+    name = config_file(tmp_path)
+    command = ("cflow-plugin", "compare", "--config", name, "--engine", "ray", "--address", cluster.address)
+    out = run_command(*command, cwd=tmp_path)
+    assert "Traceback" not in out
+    results = pd.read_csv(tmp_path / "out/results.csv").set_index("model")
+    assert set(results.index) == {"small", "UFLOW"}
+    report = (tmp_path / "out/report.md").read_text()
+    assert report.index("| small |") < report.index("| UFLOW |")
+    assert "2 of 2 cells are done already" in run_command(*command, cwd=tmp_path)
+    # The same cells without Ray: a task's process is as good as one of its own.
+    run_command("cflow-plugin", "compare", "--config", name, "--output", "here", cwd=tmp_path)
+    here = pd.read_csv(tmp_path / "here/results.csv").set_index("model")
+    for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
+        assert results[metric][here.index].tolist() == pytest.approx(here[metric].tolist(), abs=1e-6)
