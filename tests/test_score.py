@@ -46,7 +46,8 @@ def read(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder).set_index("path").sort_index()
 
 
-def test_scores_are_those_of_anomalib(exported, pictures, tmp_path):
+def test_scores_are_those_of_anomalib(exported, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
     main(
         ["score", "--model", str(exported), "--source", str(pictures), "--output", str(tmp_path / "out")]
         + ["--batch", "3", "--maps", "true"]
