@@ -33,8 +33,8 @@ from sklearn.metrics import precision_recall_curve
 from training import publish
 
 from cflow_plugin import CflowPlugin
-from cflow_plugin.conformal import images_needed, threshold_rank
 from cflow_plugin.data import Textures
+from cflow_plugin.decisions.conformal import images_needed, threshold_rank
 
 CHECKED_AT_LEAST = 10
 PIXEL_STRIDE = 4  # of the pixels that pixel recall and the F1-optimal pixel threshold are read on

@@ -6,10 +6,21 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 
 from jsonargparse import auto_cli
 
 from cflow_plugin.errors import install_excepthook
+
+_COMMANDS = {
+    "benchmark": "cflow_plugin.benchmark",
+    "compare": "cflow_plugin.comparison",
+    "import-checkpoint": "cflow_plugin.import_checkpoint",
+    "make-scenes": "cflow_plugin.data.scenes",
+    "monitor": "cflow_plugin.decisions.monitor",
+    "score": "cflow_plugin.collection",
+    "watch": "cflow_plugin.live.watch",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,23 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     # anomalib's and timm's imports warn of each other; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in processes that are started, too
-    from cflow_plugin.benchmark import benchmark
-    from cflow_plugin.collection import score
-    from cflow_plugin.comparison import compare
-    from cflow_plugin.data.scenes import make_scenes
-    from cflow_plugin.import_checkpoint import import_checkpoint
-    from cflow_plugin.monitor import monitor
-    from cflow_plugin.watch import watch
-
     if arguments[:1] == ["import-checkpoint"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments = [arguments[0], "--checkpoint", *arguments[1:]]
-    commands = {
-        "benchmark": benchmark,
-        "compare": compare,
-        "import-checkpoint": import_checkpoint,
-        "make-scenes": make_scenes,
-        "monitor": monitor,
-        "score": score,
-        "watch": watch,
-    }
-    auto_cli(commands, args=arguments, as_positional=False, prog="cflow-plugin")
+    # Some import all of anomalib, which those that run exported models have no need of.
+    wanted = [name for name in _COMMANDS if name in arguments[:1]] or list(_COMMANDS)
+    functions = {name: getattr(import_module(_COMMANDS[name]), name.replace("-", "_")) for name in wanted}
+    auto_cli(functions, args=arguments, as_positional=False, prog="cflow-plugin")

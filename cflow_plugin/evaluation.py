@@ -4,7 +4,6 @@ __all__ = ["CflowEvaluator", "write_metrics"]
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from anomalib.data import Batch
 from anomalib.metrics import Evaluator, F1Score
 from lightning import LightningModule, Trainer
 
+from cflow_plugin.files import replacing
 from cflow_plugin.metrics import AUPRO, AUROC
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,10 @@ def write_metrics(trainer: Trainer) -> None:
     metrics = {name: round(value.item(), 6) for name, value in sorted(trainer.callback_metrics.items())}
     folder = Path(trainer.default_root_dir)
     file = folder / "metrics.json"
-    unfinished = folder / ".metrics.json.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
-        os.replace(unfinished, file)
+        with replacing(file) as passing:
+            passing.write_text(json.dumps(metrics, indent=2) + "\n")
     except OSError as error:
         logger.warning("The metrics could not be written to %s (%s).", file, error)
         return

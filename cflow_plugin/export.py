@@ -11,7 +11,6 @@ __all__ = [
 ]
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy, deepcopy
@@ -38,6 +37,7 @@ from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.transforms.v2.functional import resize
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.files import replacing
 from cflow_plugin.folded import FoldedModel
 
 logger = logging.getLogger(__name__)
@@ -154,9 +154,8 @@ def note_in_onnx(path: Path, notes: Mapping[str, str]) -> None:
 
     model = onnx.load(path, load_external_data=False)
     onnx.helper.set_model_props(model, {**{entry.key: entry.value for entry in model.metadata_props}, **notes})
-    passing = path.with_name(f".{path.name}")
-    onnx.save(model, passing)
-    os.replace(passing, path)
+    with replacing(path) as passing:
+        onnx.save(model, passing)
 
 
 def _keep_positions_in_parts(converted: ov.Model, model: FoldedModel) -> None:

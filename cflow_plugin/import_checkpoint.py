@@ -3,7 +3,6 @@
 __all__ = ["import_checkpoint"]
 
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from cflow_plugin.encoder import BACKBONES, Padding
 from cflow_plugin.errors import CflowError
+from cflow_plugin.files import replacing
 from cflow_plugin.lightning_model import CflowPlugin
 
 logger = logging.getLogger(__name__)
@@ -362,12 +362,9 @@ def _save(model: CflowPlugin, output: Path) -> None:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, barebones=False, **quiet)
     trainer.strategy.connect(model)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        trainer.save_checkpoint(partial, weights_only=True)
-        os.replace(partial, output)
+        with replacing(output) as passing:
+            trainer.save_checkpoint(passing, weights_only=True)
     except OSError as error:
         msg = f"{output} could not be written ({error.strerror or error}); choose another --output."
         raise CflowError(msg) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -32,15 +32,15 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
-from cflow_plugin.conformal import check_enough
+from cflow_plugin.decisions.conformal import check_enough
+from cflow_plugin.decisions.held_out import choose_held_out, given_images, part_of
+from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.distributed import score_every_image_once, share_of_batch, share_results_folder
 from cflow_plugin.encoder import Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.flow import Permutation
-from cflow_plugin.held_out import choose_held_out, given_images, part_of
-from cflow_plugin.post_processing import ConformalPostProcessor
 from cflow_plugin.pre_processing import CflowPreProcessor
 from cflow_plugin.torch_model import CflowModel
 
@@ -95,7 +95,7 @@ class CflowPlugin(AnomalibModule):
         target_false_alarm_rate: Share of good images that may be called anomalous, for example 0.05. Thresholds then
             come from good images that are held out of training, and nothing is fitted on validation images. By default
             anomalib's thresholds, which maximise F1 on the validation images. See
-            :class:`~cflow_plugin.post_processing.ConformalPostProcessor`.
+            :class:`~cflow_plugin.decisions.post_processing.ConformalPostProcessor`.
         held_out_share: Share of the training images that is held out where a false-alarm rate is asked for and does not
             need more of them.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
@@ -546,8 +546,8 @@ class CflowPlugin(AnomalibModule):
         Returns:
             The file's path.
         """
+        from cflow_plugin.decisions.held_out_scores import describe
         from cflow_plugin.export import InferenceGraph, note_in_onnx
-        from cflow_plugin.held_out_scores import describe
 
         self._check_exportable()
         # What the exporter writes by itself; an older version would be asked of it in vain.
@@ -592,8 +592,8 @@ class CflowPlugin(AnomalibModule):
         """
         import openvino
 
+        from cflow_plugin.decisions.held_out_scores import describe
         from cflow_plugin.export import compress, convert_to_openvino
-        from cflow_plugin.held_out_scores import describe
 
         del task, onnx_kwargs
         self._check_exportable()

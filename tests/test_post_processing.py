@@ -18,12 +18,12 @@ from PIL import Image
 from scipy.stats import beta, betabinom, kstest
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.conformal import images_needed, p_values, threshold_rank
-from cflow_plugin.held_out import choose_held_out
-from cflow_plugin.held_out_scores import held_out_scores
-from cflow_plugin.monitor import monitor
-from cflow_plugin.post_processing import ConformalPostProcessor
-from cflow_plugin.watch import watch
+from cflow_plugin.decisions.conformal import images_needed, p_values, threshold_rank
+from cflow_plugin.decisions.held_out import choose_held_out
+from cflow_plugin.decisions.held_out_scores import held_out_scores
+from cflow_plugin.decisions.monitor import monitor
+from cflow_plugin.decisions.post_processing import ConformalPostProcessor
+from cflow_plugin.live.watch import watch
 
 from .conftest import QUICK, make_engine, make_textures, run_command
 from .test_training import StopAfter

@@ -13,8 +13,8 @@ from sklearn.metrics import roc_auc_score
 from cflow_plugin import CflowError
 from cflow_plugin.cli import main
 from cflow_plugin.data.textures import draw
-from cflow_plugin.timeline import Smoother
-from cflow_plugin.watch import watch
+from cflow_plugin.live.timeline import Smoother
+from cflow_plugin.live.watch import watch
 
 
 @pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])

@@ -5,8 +5,6 @@ __all__ = ["Parts", "Row"]
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -151,13 +150,9 @@ class Parts:
         self._replace(self.file(batch), lambda file: pq.write_table(table, file))
 
     def _replace(self, file: Path, write: Any) -> None:
-        partial = self.folder / f".{file.stem}-{uuid.uuid4().hex[:8]}.partial"
         try:
-            write(partial)
-            with partial.open("rb+") as written:  # on the disk before it gets its name, should the machine go down
-                os.fsync(written.fileno())
-            os.replace(partial, file)
+            with replacing(file) as passing:
+                write(passing)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             message = f"{file} could not be written ({error.strerror or error}); what is there already is kept."
             raise CflowError(message) from error

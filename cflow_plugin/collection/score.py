@@ -16,7 +16,7 @@ from cflow_plugin.collection.listing import list_images
 from cflow_plugin.collection.parts import Parts
 from cflow_plugin.collection.scorer import Settings
 from cflow_plugin.errors import CflowError
-from cflow_plugin.exported import read_exported
+from cflow_plugin.live.exported import read_exported
 
 logger = logging.getLogger(__name__)
 

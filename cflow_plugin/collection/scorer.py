@@ -14,8 +14,8 @@ import numpy as np
 import openvino as ov
 
 from cflow_plugin.collection.parts import Row
-from cflow_plugin.exported import compile_exported
-from cflow_plugin.sources import read_image
+from cflow_plugin.live.exported import compile_exported
+from cflow_plugin.live.sources import read_image
 
 
 @dataclass(frozen=True)

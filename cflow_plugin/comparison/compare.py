@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +22,7 @@ from cflow_plugin.comparison.on_ray import run_on_ray
 from cflow_plugin.comparison.report import write_report
 from cflow_plugin.encoder import Encoder
 from cflow_plugin.errors import CflowError, explain
+from cflow_plugin.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +209,5 @@ class _Results:
         where["versions"] = ", ".join(machine["versions"].values())
         elsewhere = {name: row[name] for name in where if name in row}  # where a cluster's machine says otherwise
         self._rows = pd.concat([self._rows, pd.DataFrame([{**what, **row, **where, **elsewhere}])], ignore_index=True)
-        partial = self.file.with_suffix(".partial")
-        self._rows.to_csv(partial, index=False)
-        os.replace(partial, self.file)
+        with replacing(self.file) as passing:
+            self._rows.to_csv(passing, index=False)

@@ -2,7 +2,6 @@
 
 __all__ = ["Recorder"]
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from sklearn.metrics import precision_recall_curve
 
+from cflow_plugin.files import replacing
 from cflow_plugin.metrics.bins import to_keys, to_scores
 from cflow_plugin.metrics.regions import region_weights
 
@@ -107,10 +107,8 @@ class Recorder(Callback):
             record |= {"sample_images": np.stack(images), "sample_masks": np.stack(masks) > 0.5}  # noqa: PLR2004
             record["sample_maps"] = np.stack(maps)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as stream:
+        with replacing(file) as passing, passing.open("wb") as stream:
             np.savez_compressed(stream, **record)
-        os.replace(partial, file)
         return facts
 
     def _pixel_curves(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ __all__ = ["write_report"]
 
 import base64
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from cflow_plugin.comparison.figures import Records, curves, densities, grid, trade_off
 from cflow_plugin.comparison.tables import accuracy_tables, complexity_table, published_tables, summary_table
+from cflow_plugin.files import replacing
 
 _CAPTIONS = {
     "curves": "ROC of image scores and of pixels; per-region overlap up to a false positive rate of 0.3.",
@@ -105,6 +105,5 @@ def _file_name(title: str) -> str:
 
 
 def _replace(file: Path, text: str) -> None:
-    partial = file.with_suffix(f"{file.suffix}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as passing:
+        passing.write_text(text, encoding="utf-8")

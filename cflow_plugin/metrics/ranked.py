@@ -251,9 +251,8 @@ class AUROC(AnomalibMetric, _RankedArea):
         **kwargs: torchmetrics' settings.
     """
 
-    def compute(self) -> torch.Tensor:
-        """The area; a process without images answers with that of the others, which anomalib's would not."""
-        return _RankedArea.compute(self)
+    # anomalib's own would fail in a process without images, which here answers with the area of the others.
+    compute = _RankedArea.compute
 
 
 class AUPRO(AnomalibMetric, _RegionArea):
@@ -270,6 +269,5 @@ class AUPRO(AnomalibMetric, _RegionArea):
         **kwargs: `fpr_limit`, 0.3 unless given, and torchmetrics' settings.
     """
 
-    def compute(self) -> torch.Tensor:
-        """The area; a process without images answers with that of the others, which anomalib's would not."""
-        return _RankedArea.compute(self)
+    # anomalib's own would fail in a process without images, which here answers with the area of the others.
+    compute = _RankedArea.compute

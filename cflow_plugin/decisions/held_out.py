@@ -10,7 +10,7 @@ import torch
 from anomalib.data import PredictDataset
 from torch.utils.data import DataLoader, Subset
 
-from cflow_plugin.conformal import images_needed
+from cflow_plugin.decisions.conformal import images_needed
 from cflow_plugin.errors import CflowError
 
 

@@ -24,7 +24,7 @@ def describe(post_processor: object) -> dict[str, str]:
     Returns:
         One entry, or none where there are no held-out images.
     """
-    from cflow_plugin.post_processing import ConformalPostProcessor
+    from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 
     if not (isinstance(post_processor, ConformalPostProcessor) and post_processor.is_calibrated):
         return {}
@@ -77,7 +77,7 @@ def _from_onnx(path: Path) -> list[float] | None:
 def _from_checkpoint(path: Path) -> list[float] | None:
     import torch
 
-    from cflow_plugin.post_processing import ConformalPostProcessor
+    from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     prefix = "post_processor."

@@ -7,7 +7,6 @@ import csv
 import json
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from cflow_plugin.decisions.held_out_scores import held_out_scores, read_scores
 from cflow_plugin.errors import CflowError
-from cflow_plugin.held_out_scores import held_out_scores, read_scores
+from cflow_plugin.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _recent_scores(recent: Path, reference: Path) -> tuple[list[str], np.ndarray
     if reference.suffix.lower() not in {".xml", ".onnx"}:
         message = f"To score the images in {recent} an exported model is needed: --reference model.xml."
         raise CflowError(message)
-    from cflow_plugin.watch import watch
+    from cflow_plugin.live.watch import watch
 
     with tempfile.TemporaryDirectory() as folder:
         watch(reference, str(recent), Path(folder), overlays=False)
@@ -171,16 +171,13 @@ def _write_results(
 ) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        passing = folder / ".monitor.csv"
-        with passing.open("w", newline="", encoding="utf-8") as file:
+        with replacing(folder / "monitor.csv") as passing, passing.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["image", "score", "p_value", "evidence_log10"])
             for row in zip(names, scores, p_values, evidence, strict=True):
                 table.writerow([row[0], *(f"{value:.6f}" for value in row[1:])])
-        os.replace(passing, folder / "monitor.csv")
-        passing = folder / ".monitor.json"
-        passing.write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
-        os.replace(passing, folder / "monitor.json")
+        with replacing(folder / "monitor.json") as passing:
+            passing.write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         message = f"The results could not be written to {folder} ({error.strerror or error}); name another --output."
         raise CflowError(message) from error
@@ -206,6 +203,5 @@ def _plot(
             axes.axvline(alarm, color="C3", linewidth=1)
         axes.legend(fontsize=8, loc="upper left")
         axes.grid(visible=True, alpha=0.3)
-    passing = path.with_name(".monitor.png")
-    figure.savefig(passing, dpi=150)
-    os.replace(passing, path)
+    with replacing(path) as passing:
+        figure.savefig(passing, format="png", dpi=150)

@@ -9,7 +9,7 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 
-from cflow_plugin.conformal import check_enough, images_needed, p_values, threshold_rank
+from cflow_plugin.decisions.conformal import check_enough, images_needed, p_values, threshold_rank
 from cflow_plugin.errors import CflowError
 
 _HELD_OUT = ("held_out_scores", "held_out_maxima")
@@ -29,9 +29,9 @@ class ConformalPostProcessor(PostProcessor):
       anomalous pixel at all with a probability of at most ``rate``, however its pixels depend on each other.
 
     Either guarantee is per image, on average over which images were held out (see
-    :func:`~cflow_plugin.conformal.threshold_rank`). It says nothing once the camera, light or process has changed:
-    ``cflow-plugin monitor`` watches for that. Thresholds, normalisation (0.5 is the threshold, as in anomalib) and the
-    held-out scores are buffers, so they are in checkpoints and in exported files.
+    :func:`~cflow_plugin.decisions.conformal.threshold_rank`). It says nothing once the camera, light or process has
+    changed: ``cflow-plugin monitor`` watches for that. Thresholds, normalisation (0.5 is the threshold, as in anomalib)
+    and the held-out scores are buffers, so they are in checkpoints and in exported files.
 
     Args:
         target_false_alarm_rate: Share of normal images that may be called anomalous, between 0 and 1; ``None`` for

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from cflow_plugin.decisions.held_out_scores import held_out_scores
 from cflow_plugin.errors import CflowError
-from cflow_plugin.exported import compile_exported
-from cflow_plugin.held_out_scores import held_out_scores
-from cflow_plugin.score_plot import plot_scores
-from cflow_plugin.sources import open_source
-from cflow_plugin.timeline import Smoother, Truth, frame_auroc, read_truth
+from cflow_plugin.live.exported import compile_exported
+from cflow_plugin.live.score_plot import plot_scores
+from cflow_plugin.live.sources import open_source
+from cflow_plugin.live.timeline import Smoother, Truth, frame_auroc, read_truth
 
 logger = logging.getLogger(__name__)
 

@@ -2,14 +2,14 @@
 
 __all__ = ["plot_scores"]
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cflow_plugin.timeline import intervals
+from cflow_plugin.files import replacing
+from cflow_plugin.live.timeline import intervals
 
 
 def plot_scores(
@@ -54,6 +54,5 @@ def plot_scores(
     axes.margins(x=0)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    passing = path.with_name(f".{path.name}.partial")
-    figure.savefig(passing, format="png", dpi=120)
-    os.replace(passing, path)
+    with replacing(path) as passing:
+        figure.savefig(passing, format="png", dpi=120)
