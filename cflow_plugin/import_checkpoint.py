@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from cflow_plugin.encoder import BACKBONES, Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import replacing
+from cflow_plugin.image_files import check_images, unreadable
 from cflow_plugin.lightning_model import CflowPlugin
 
 logger = logging.getLogger(__name__)
@@ -325,6 +326,7 @@ def _find_images(folder: Path) -> PredictDataset:
         msg = f"There is no image in {folder}; name a folder of good images with --images."
         raise CflowError(msg) from error
     found.image_filenames.sort()
+    check_images(found.image_filenames)
     return found
 
 
@@ -338,8 +340,7 @@ def _calibrate(model: CflowPlugin, images: PredictDataset) -> None:
         try:
             image = images[index].image
         except Exception as error:  # a damaged file fails in many ways
-            msg = f"{images.image_filenames[index]} could not be read as an image; take it out of the folder."
-            raise CflowError(msg) from error
+            raise CflowError(unreadable([images.image_filenames[index]]) or str(error)) from error
         pixels = model.pre_processor(image[None])
         size = (pixels.shape[-2], pixels.shape[-1])
         likelihoods.append(model.model.log_likelihoods(pixels))

@@ -16,6 +16,7 @@ from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.data.utils import ValSplitMode
 from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin.utils import create_export_root
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
+from cflow_plugin.checkpoints import CheckpointFiles, check_weights, explained, versions, warn_of_other_versions
 from cflow_plugin.decisions.conformal import check_enough
 from cflow_plugin.decisions.held_out import choose_held_out, given_images, part_of
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
@@ -41,6 +43,7 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.flow import Permutation
+from cflow_plugin.image_check import ImageFileCheck
 from cflow_plugin.pre_processing import CflowPreProcessor
 from cflow_plugin.torch_model import CflowModel
 
@@ -235,15 +238,17 @@ class CflowPlugin(AnomalibModule):
         return CflowEvaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add a checkpoint after every epoch, so that a run that dies can be resumed."""
+        """Add a checkpoint after every epoch, so that a run that dies can be resumed, and a look at the images."""
         last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        return [*super().configure_callbacks(), last]
+        return [*super().configure_callbacks(), ImageFileCheck(), last]
 
     # Before training
 
     def setup(self, stage: str) -> None:
         """Load the encoder's weights and arrange for training on feature vectors."""
         share_results_folder(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:
+            self.trainer.strategy.checkpoint_io = CheckpointFiles(self.checkpoint_safe_globals())
         score_every_image_once(self.trainer, stage)
         if stage != "fit":
             return
@@ -327,16 +332,38 @@ class CflowPlugin(AnomalibModule):
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
         return self._seed
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "CflowPlugin":
+        """Load a trained model; see Lightning's method of that name.
+
+        Args:
+            checkpoint_path: What training wrote, or :mod:`cflow_plugin.import_checkpoint`.
+            *args: As Lightning takes them.
+            **kwargs: As Lightning takes them; ``weights_only`` is ``True`` unless said otherwise.
+
+        Raises:
+            CflowError: If the file is absent, damaged, of another model, or holds other objects than tensors.
+        """
+        with explained(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the training batches and the held-out images, for a resumed run to continue with."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["cflow_plugin_seed"] = self._seed
         checkpoint["cflow_plugin_held_out"] = self._held_out
+        checkpoint["cflow_plugin_versions"] = versions()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the checkpoint's settings, and note that the weights are its own."""
+        """Take over the checkpoint's settings, and note that the weights are its own.
+
+        Raises:
+            CflowError: If it is of another kind of model, or its weights are not finite.
+        """
+        warn_of_other_versions(checkpoint.get("cflow_plugin_versions"))
         super().on_load_checkpoint(checkpoint)
         self._become(checkpoint.get("hyper_parameters", {}))
+        check_weights(checkpoint["state_dict"], [f"model.{name}" for name, _ in self.model.named_parameters()])
         self._seed = checkpoint.get("cflow_plugin_seed")
         self._held_out = checkpoint.get("cflow_plugin_held_out")
         self._encoder_is_loaded = self._decoders_are_whitened = True

@@ -1,8 +1,10 @@
+import contextlib
 import shutil
 import threading
 import time
 
 import pandas as pd
+import psutil
 import pytest
 
 from cflow_plugin import CflowError
@@ -104,3 +106,35 @@ def test_a_comparison(cluster, tmp_path):
     here = pd.read_csv(tmp_path / "here/results.csv").set_index("model")
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
         assert results[metric][here.index].tolist() == pytest.approx(here[metric].tolist(), abs=1e-6)
+
+
+def test_a_worker_of_a_comparison_is_killed(cluster, tmp_path):
+    """Its cell is trained again, once; the others are not, and nothing is left half-written."""
+    seeds = [0, 1, 2]
+    name = config_file(tmp_path, seeds=seeds)
+    killed = []
+
+    def kill():
+        while not killed:
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    # Ray names a worker's process by what it runs.
+                    if process.name().startswith("ray::_run") and any((tmp_path / "out/cells").glob("*")):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    command = ("cflow-plugin", "compare", "--config", name, "--engine", "ray", "--address", cluster.address)
+    out = run_command(*command, cwd=tmp_path)
+    killer.join(timeout=30)
+    assert killed
+    assert "failed" not in out
+    results = pd.read_csv(tmp_path / "out/results.csv")
+    expected = {(model, seed) for model in ("small", "UFLOW") for seed in seeds}
+    assert len(results) == len(expected)
+    assert {(row.model, row.seed) for row in results.itertuples()} == expected
+    assert {folder.name for folder in (tmp_path / "out/cells").iterdir()} == set(results["key"])
+    assert not list((tmp_path / "out").rglob("*.partial"))

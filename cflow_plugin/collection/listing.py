@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.live.sources import IMAGES
+from cflow_plugin.image_files import IMAGES
 
 _MAGIC = frozenset("*?[")
 

@@ -14,8 +14,8 @@ import numpy as np
 import openvino as ov
 
 from cflow_plugin.collection.parts import Row
+from cflow_plugin.image_files import ImageFileError, read_image
 from cflow_plugin.live.exported import compile_exported
-from cflow_plugin.live.sources import read_image
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,9 @@ class Scorer:
 
     def _read(self, path: str) -> np.ndarray | str:
         try:
-            image = read_image(self.settings.root / path)
-        except OSError as error:
-            return f"could not be read: {error.strerror or error}"
-        except (ValueError, cv2.error, MemoryError) as error:
-            return f"could not be read: {error}"
-        return "could not be read as an image" if image is None else image
+            return read_image(self.settings.root / path)
+        except ImageFileError as error:
+            return f"cannot be used as an image: {error.reason}"
 
     def _start(self, batch: list[str], rows: list[Row | None], place: int, reader: Future[np.ndarray | str]) -> None:
         image = reader.result()

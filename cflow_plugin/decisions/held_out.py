@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from cflow_plugin.decisions.conformal import images_needed
 from cflow_plugin.errors import CflowError
+from cflow_plugin.image_files import check_images
 
 
 def choose_held_out(images: int, rate: float, share: float, seed: int) -> list[int]:
@@ -69,11 +70,12 @@ def given_images(folder: str) -> DataLoader:
         folder: Folder of good images.
 
     Raises:
-        CflowError: If there is no image.
+        CflowError: If there is no image, or one that cannot be used.
     """
     try:
         images = PredictDataset(Path(folder))
     except (OSError, ValueError) as error:
         msg = f"There is no image in {folder} to calibrate decisions on; name a folder with --model.held_out_images."
         raise CflowError(msg) from error
+    check_images(images.image_filenames)
     return DataLoader(images, batch_size=1, collate_fn=images.collate_fn)

@@ -1,6 +1,6 @@
 """Where images come from when there is no data set: a folder, a video or a camera."""
 
-__all__ = ["IMAGES", "Frame", "Source", "natural_order", "open_source", "read_image"]
+__all__ = ["Frame", "Source", "natural_order", "open_source"]
 
 import re
 import time
@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 
 from cflow_plugin.errors import CflowError
-
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+from cflow_plugin.image_files import IMAGES, ImageFileError, read_image
 
 
 class Frame(NamedTuple):
@@ -22,12 +21,12 @@ class Frame(NamedTuple):
     Attributes:
         name: Path below the folder, or the number of the frame in six digits.
         time: Seconds since the first image.
-        image: Shape ``(H, W, 3)``, bytes, blue first; ``None`` where the file cannot be read.
+        image: Shape ``(H, W, 3)``, bytes, blue first; or what is wrong with the file.
     """
 
     name: str
     time: float
-    image: np.ndarray | None
+    image: np.ndarray | ImageFileError
 
 
 class Source(NamedTuple):
@@ -76,7 +75,7 @@ def open_source(source: str, frame_rate: float) -> Source:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in IMAGES]
     root = path.parent if path.is_file() else path
     files = sorted((file.relative_to(root) for file in files), key=natural_order)
-    frames = (Frame(str(file), index / frame_rate, read_image(root / file)) for index, file in enumerate(files))
+    frames = (Frame(str(file), index / frame_rate, _try_to_read(root / file)) for index, file in enumerate(files))
     return Source(frames, len(files), is_film=False, rate=frame_rate)
 
 
@@ -108,8 +107,8 @@ def _film_frames(capture: cv2.VideoCapture, rate: float | None) -> Iterator[Fram
         capture.release()
 
 
-def read_image(path: Path) -> np.ndarray | None:
-    """Read an image as ``(H, W, 3)``, bytes, blue first; ``None`` if it cannot be read."""
-    # Decoded from memory: OpenCV's own reading of files stumbles over names beyond ASCII on some systems.
-    data = np.fromfile(path, dtype=np.uint8)
-    return cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+def _try_to_read(path: Path) -> np.ndarray | ImageFileError:
+    try:
+        return read_image(path)
+    except ImageFileError as error:
+        return error

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from cflow_plugin.decisions.held_out_scores import held_out_scores
 from cflow_plugin.errors import CflowError
+from cflow_plugin.image_files import ImageFileError
 from cflow_plugin.live.exported import compile_exported
 from cflow_plugin.live.score_plot import plot_scores
 from cflow_plugin.live.sources import open_source
@@ -99,9 +100,9 @@ def watch(
             for index, (name, moment, frame) in enumerate(frames):
                 if limit is not None and len(history.scores) >= limit:
                     break
-                if frame is None:
+                if isinstance(frame, ImageFileError):
                     unread.append(name)
-                    logger.warning("%s could not be read as an image; it is left out.", name)
+                    logger.warning("%s It is left out.", frame)
                     continue
                 start = time.perf_counter()
                 result = compiled([frame[None]])
