@@ -1,6 +1,13 @@
 """Checkpoints that are on the disk whole or not at all, and that run no code when they are read."""
 
-__all__ = ["CheckpointFiles", "check_weights", "explained", "versions", "warn_of_other_versions"]
+__all__ = [
+    "CheckpointFiles",
+    "check_weights",
+    "explained",
+    "use_checkpoint_files",
+    "versions",
+    "warn_of_other_versions",
+]
 
 import logging
 import os
@@ -13,6 +20,7 @@ from typing import Any
 
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
+from lightning import Trainer
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import replacing
@@ -49,7 +57,22 @@ class CheckpointFiles(AnomalibCheckpointIO):
         """
         del weights_only
         with explained(path):
-            return super().load_checkpoint(path, map_location, weights_only=True)
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+                message = "it holds something else"
+                raise ValueError(message)
+            return checkpoint
+
+
+def use_checkpoint_files(trainer: Trainer) -> None:
+    """Let a trainer read and write checkpoints by :class:`CheckpointFiles`, unless the user chose another way.
+
+    Args:
+        trainer: The trainer, being set up.
+    """
+    used = trainer.strategy.checkpoint_io
+    if type(used) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = CheckpointFiles(used.extra_safe_globals)
 
 
 @contextmanager

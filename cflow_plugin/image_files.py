@@ -36,8 +36,8 @@ class ImageFileError(CflowError):
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read an image as anomalib does when it trains: by Pillow, converted to RGB.
 
-    So grey values are repeated, transparency is dropped, a palette and CMYK are converted, a rotation noted in EXIF data
-    is not applied, and of several pages the first one counts.
+    So grey values are repeated, transparency is dropped, a palette and CMYK are converted, a rotation noted in EXIF
+    data is not applied, and of several pages the first one counts.
 
     Args:
         path: The file; its content decides on the format, not its suffix.

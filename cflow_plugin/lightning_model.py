@@ -16,7 +16,6 @@ from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.data.utils import ValSplitMode
 from anomalib.deploy import CompressionType, ExportType
-from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin.utils import create_export_root
@@ -33,7 +32,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
-from cflow_plugin.checkpoints import CheckpointFiles, check_weights, explained, versions, warn_of_other_versions
+from cflow_plugin.checkpoints import (
+    check_weights,
+    explained,
+    use_checkpoint_files,
+    versions,
+    warn_of_other_versions,
+)
 from cflow_plugin.decisions.conformal import check_enough
 from cflow_plugin.decisions.held_out import choose_held_out, given_images, part_of
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
@@ -247,8 +252,7 @@ class CflowPlugin(AnomalibModule):
     def setup(self, stage: str) -> None:
         """Load the encoder's weights and arrange for training on feature vectors."""
         share_results_folder(self.trainer)
-        if type(self.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO:
-            self.trainer.strategy.checkpoint_io = CheckpointFiles(self.checkpoint_safe_globals())
+        use_checkpoint_files(self.trainer)
         score_every_image_once(self.trainer, stage)
         if stage != "fit":
             return
@@ -363,7 +367,8 @@ class CflowPlugin(AnomalibModule):
         warn_of_other_versions(checkpoint.get("cflow_plugin_versions"))
         super().on_load_checkpoint(checkpoint)
         self._become(checkpoint.get("hyper_parameters", {}))
-        check_weights(checkpoint["state_dict"], [f"model.{name}" for name, _ in self.model.named_parameters()])
+        weights = [f"model.{name}" for name in self.model.state_dict() if not name.startswith("scoring.")]
+        check_weights(checkpoint["state_dict"], weights)
         self._seed = checkpoint.get("cflow_plugin_seed")
         self._held_out = checkpoint.get("cflow_plugin_held_out")
         self._encoder_is_loaded = self._decoders_are_whitened = True

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -200,6 +201,9 @@ def run_cell(cell: Cell, job: Job) -> dict[str, Any]:
     Returns:
         A row of results: metrics, seconds, memory and sizes.
     """
+    # NNCF reports its use over the network by a process that it starts while this one is still importing OpenCV, whose
+    # passing change of the import path makes that process fail with a stack trace now and then.
+    sys.modules.setdefault("openvino_telemetry", None)
     import torch
     from anomalib.engine import Engine
     from lightning import seed_everything

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from cflow_plugin.baselines.spade.torch_model import SpadeModel
+from cflow_plugin.checkpoints import use_checkpoint_files
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.pre_processing import CflowPreProcessor
@@ -125,6 +126,7 @@ class Spade(MemoryBankMixin, AnomalibModule):
 
     def setup(self, stage: str) -> None:
         """Load the encoder's weights, unless a checkpoint brings them."""
+        use_checkpoint_files(self.trainer)
         if stage == "fit" and self.trainer.ckpt_path is None:
             self.model.encoder.load(self.weights, self.pre_trained)
 

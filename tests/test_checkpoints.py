@@ -1,0 +1,173 @@
+"""Checkpoints that are damaged, of something else or cannot be written."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.checkpoints import CheckpointFiles
+from cflow_plugin.files import replacing
+
+from .conftest import QUICK, make_engine
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
+    engine = make_engine(path.parent)
+    engine._setup_trainer(trained)
+    engine.trainer.strategy.connect(trained)
+    engine.trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+def changed(checkpoint, target, **entries):
+    torch.save({**torch.load(checkpoint, weights_only=True), **entries}, target)
+    return target
+
+
+def uses(path, textures, folder):
+    """The ways in which a checkpoint is read."""
+    yield lambda: CflowPlugin.load_from_checkpoint(path)
+    yield lambda: make_engine(folder).test(CflowPlugin(**QUICK), datamodule=textures, ckpt_path=path)
+
+
+def test_any_part_of_a_file_is_refused(checkpoint, textures, tmp_path):
+    data = checkpoint.read_bytes()
+    for share in (0, 0.01, 0.3, 0.9, 0.999):
+        path = tmp_path / "part.ckpt"
+        path.write_bytes(data[: int(share * len(data))])
+        for use in uses(path, textures, tmp_path):
+            with pytest.raises(CflowError, match=r"part\.ckpt (could not be read|holds other objects)"):
+                use()
+
+
+def test_other_files_and_no_file(textures, tmp_path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    for name, message in (("text", "text.ckpt"), ("list", "list.ckpt"), ("absent", "no checkpoint at")):
+        for use in uses(tmp_path / f"{name}.ckpt", textures, tmp_path):
+            with pytest.raises(CflowError, match=message):
+                use()
+
+
+def test_a_checkpoint_of_another_model(checkpoint, textures, tmp_path):
+    state = {"model.gaussian.mean": torch.zeros(3)}
+    path = changed(checkpoint, tmp_path / "padim.ckpt", state_dict=state, hyper_parameters={"backbone": "resnet18"})
+    with pytest.raises(CflowError, match="of another kind of model"):
+        make_engine(tmp_path).test(CflowPlugin(**QUICK), datamodule=textures, ckpt_path=path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(checkpoint, textures, tmp_path, value):
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    name = next(name for name in state if name.startswith("model.decoders") and state[name].is_floating_point())
+    spoilt = state[name].clone()
+    spoilt.view(-1)[-1] = value
+    path = changed(checkpoint, tmp_path / "spoilt.ckpt", state_dict={**state, name: spoilt})
+    for use in uses(path, textures, tmp_path):
+        with pytest.raises(CflowError, match="NaN or infinite"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"layers": ["scale1"]}, {"image_size": (96, 64)}, {"coupling_blocks": 3}, {"condition_dims": 0}],
+    ids=str,
+)
+def test_other_settings_than_the_checkpoint_s(checkpoint, trained, textures, tmp_path, caplog, settings):
+    """The checkpoint's are taken, and that is said."""
+    model = CflowPlugin(**{**QUICK, **settings, "visualizer": False})
+    images = textures.root / "weave/test/good"
+    with caplog.at_level(logging.INFO):
+        batches = make_engine(tmp_path).predict(model, data_path=images, ckpt_path=checkpoint)
+    assert f"The checkpoint was made with {next(iter(settings))}=" in caplog.text
+    expected = make_engine(tmp_path).predict(trained, data_path=images)
+    for ours, theirs in zip(batches, expected, strict=True):
+        torch.testing.assert_close(ours.pred_score, theirs.pred_score)
+
+
+def test_another_release(checkpoint, tmp_path, caplog):
+    made = torch.load(checkpoint, weights_only=True)["cflow_plugin_versions"]
+    assert set(made) == {"anomalib", "cflow-plugin"}
+    with caplog.at_level(logging.WARNING, logger="cflow_plugin.checkpoints"):
+        CflowPlugin.load_from_checkpoint(checkpoint)
+        assert not caplog.records
+        path = changed(checkpoint, tmp_path / "old.ckpt", cflow_plugin_versions={**made, "anomalib": "2.3.1"})
+        CflowPlugin.load_from_checkpoint(path)
+    assert "made with anomalib 2.3.1" in caplog.text
+
+
+def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    files = CheckpointFiles()
+    files.save_checkpoint({"state": torch.zeros(3)}, path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        files.save_checkpoint({"state": torch.ones(3)}, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_replacing_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="enough"), replacing(tmp_path / "file") as passing:
+        passing.write_text("half")
+        raise ValueError("enough")
+    assert not list(tmp_path.iterdir())
+
+
+def _in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:
+    """Run a command in a mount namespace of its own, where a folder is a file system of that size."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare here")
+    script = f"mount -t tmpfs -o size={size} tmpfs {folder} && cd {folder} && exec \"$@\""
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, command)], capture_output=True, text=True, timeout=600
+    )
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"a small file system cannot be made here: {result.stderr.strip()[:80]}")
+    return result
+
+
+@pytest.mark.long
+def test_a_full_disk_ends_training_in_a_sentence(textures, tmp_path):
+    program = os.path.join(os.path.dirname(sys.executable), "anomalib")
+    result = _in_small_space(
+        tmp_path, "400k",
+        [program, "train", "--model", "CflowPlugin", "--model.backbone", "gabor", "--model.epochs", "1",
+         "--data", "Textures", "--data.root", textures.root, "--data.resolution", "64", "--data.train_good", "12",
+         "--data.test_good", "4", "--data.test_defect", "1", "--data.val_good", "2", "--data.val_defect", "1"],
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "No space left on device" in last
+    assert "Free some space" in last
+
+
+@pytest.mark.long
+def test_a_folder_that_cannot_be_written_to(textures, tmp_path):
+    """Read-only for everybody, root too."""
+    program = os.path.join(os.path.dirname(sys.executable), "anomalib")
+    result = _in_small_space(
+        tmp_path, "400k",
+        ["sh", "-c", "mount -o remount,ro . && exec \"$@\"", "sh", program, "train", "--model", "CflowPlugin",
+         "--model.backbone", "gabor", "--data", "Textures", "--data.root", textures.root],
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Read-only file system" in last
+    assert "--default_root_dir" in last
