@@ -23,7 +23,7 @@ from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning import Trainer
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.files import replacing
+from cflow_plugin.files import remove_unfinished, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class CheckpointFiles(AnomalibCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as passing:
-            super().save_checkpoint(checkpoint, passing, storage_options)
+            torch.save(checkpoint, passing)
+        remove_unfinished(path)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """Read a checkpoint: tensors and plain values, and no other objects whatever the caller says.

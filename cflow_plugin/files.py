@@ -1,8 +1,10 @@
 """Files that are there whole or not at all."""
 
-__all__ = ["replacing"]
+__all__ = ["arriving", "remove_unfinished", "replacing"]
 
+import glob
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +28,38 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(passing, file)
     finally:
         passing.unlink(missing_ok=True)
+
+
+@contextmanager
+def arriving(folder: Path, last: str) -> Iterator[Path]:
+    """A passing folder for files that belong together; in the end they move to where they are wanted.
+
+    The file that the others are found by is taken away first and comes last. So it is there only with the others of its
+    own making.
+
+    Args:
+        folder: Where they are wanted; it must be there.
+        last: Name of the file that the others are found by.
+    """
+    for rest in folder.glob(f".{glob.escape(last)}.*.partial"):  # of a killed run
+        shutil.rmtree(rest, ignore_errors=True)
+    passing = folder / f".{last}.{uuid.uuid4().hex[:8]}.partial"
+    passing.mkdir()
+    try:
+        yield passing
+        files = sorted((file for file in passing.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+        (folder / last).unlink(missing_ok=True)
+        for file in files:
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(passing, ignore_errors=True)
+
+
+def remove_unfinished(file: Path) -> None:
+    """Remove what killed runs left of a file that only one process writes.
+
+    Args:
+        file: The file.
+    """
+    for rest in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
+        rest.unlink(missing_ok=True)

@@ -47,6 +47,7 @@ from cflow_plugin.encoder import Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
 from cflow_plugin.feature_bank import FeatureBank, VectorBatch
+from cflow_plugin.files import arriving
 from cflow_plugin.flow import Permutation
 from cflow_plugin.image_check import ImageFileCheck
 from cflow_plugin.pre_processing import CflowPreProcessor
@@ -584,8 +585,10 @@ class CflowPlugin(AnomalibModule):
         self._check_exportable()
         # What the exporter writes by itself; an older version would be asked of it in vain.
         kwargs = {"opset_version": 18, "verbose": False, **kwargs}
-        path = InferenceGraph(self, input_size).to_onnx(export_root, model_file_name, input_size, **kwargs)
-        note_in_onnx(path, describe(self.post_processor))
+        path = create_export_root(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
+        with arriving(path.parent, last=path.name) as passing:
+            written = InferenceGraph(self, input_size).to_onnx(passing, model_file_name, input_size, **kwargs)
+            note_in_onnx(written, describe(self.post_processor))
         return path
 
     def to_openvino(
@@ -640,7 +643,23 @@ class CflowPlugin(AnomalibModule):
         for key, value in describe(self.post_processor).items():
             model.set_rt_info(value, key)
         path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
-        openvino.save_model(model, path, compress_to_fp16=kind == CompressionType.FP16)
+        with arriving(path.parent, last=path.name) as passing:
+            openvino.save_model(model, passing / path.name, compress_to_fp16=kind == CompressionType.FP16)
+        return path
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export for PyTorch, as a pickle that anomalib's ``TorchInferencer`` reads.
+
+        Args:
+            export_root: Folder; the file lies in ``weights/torch`` below it.
+            model_file_name: Name of the file without its suffix.
+
+        Returns:
+            The file's path.
+        """
+        path = create_export_root(export_root, ExportType.TORCH) / f"{model_file_name}.pt"
+        with arriving(path.parent, last=path.name) as passing:
+            super().to_torch(passing, model_file_name)
         return path
 
     def _check_exportable(self) -> None:
