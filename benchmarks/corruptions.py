@@ -3,8 +3,8 @@
     python benchmarks/corruptions.py --weights resnet18.safetensors --data DATA --categories [cookies, magnetic_tile]
 
 Models are trained on good images as they are. The test images, good and defective alike, are corrupted as a camera, a
-cable or a bulb would do it: the kinds and the strengths of ImageNet-C (Hendrycks and Dietterich, ICLR 2019, severities 1
-to 5), applied to 256×256 pixels.
+cable or a bulb would do it: the kinds and the strengths of ImageNet-C (Hendrycks and Dietterich, ICLR 2019, severities
+1 to 5), applied to 256×256 pixels.
 """
 
 import io

@@ -3,17 +3,20 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.checkpoints import CheckpointFiles
-from cflow_plugin.files import replacing
+from cflow_plugin.files import arriving, replacing
 
-from .conftest import QUICK, make_engine
+from .conftest import QUICK, make_engine, run_command
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,72 @@ def test_replacing_leaves_nothing_behind(tmp_path):
         passing.write_text("half")
         raise ValueError("enough")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_belong_together_arrive_together(tmp_path):
+    (tmp_path / "model.xml").write_text("old")
+    (tmp_path / "model.bin").write_text("old")
+    with pytest.raises(ValueError, match="enough"), arriving(tmp_path, "model.xml") as passing:
+        (passing / "model.bin").write_text("half")
+        raise ValueError("enough")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.xml": "old", "model.bin": "old"}
+    (tmp_path / ".model.xml.0.partial").mkdir()  # a killed run's
+    seen = []
+    with arriving(tmp_path, "model.xml") as passing:
+        for name in ("model.xml", "model.bin"):
+            (passing / name).write_text("new")
+        seen = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert seen == ["model.bin", "model.xml"]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.xml": "new", "model.bin": "new"}
+
+
+def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_path, monkeypatch):
+    for name in ("model.xml", "model.bin"):
+        (tmp_path / name).write_text("old")
+    moves = []
+    replace = os.replace
+
+    def watch(source, target):
+        moves.append({path.name: path.read_text() for path in tmp_path.glob("model.*")})
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", watch)
+    with arriving(tmp_path, "model.xml") as passing:
+        for name in ("model.xml", "model.bin"):
+            (passing / name).write_text("new")
+    assert moves == [{"model.bin": "old"}, {"model.bin": "new"}]
+
+
+@pytest.mark.long
+def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
+    command = [
+        Path(sys.executable).with_name("anomalib"), "train", "--model", "CflowPlugin", "--model.backbone", "gabor",
+        "--model.layers", "[scale1]", "--model.image_size", "[64, 64]", "--model.epochs", "40",
+        "--model.steps_per_epoch", "15", "--seed_everything", "3", "--data", "Textures", "--data.root", textures.root,
+        "--data.resolution", "64", "--data.train_good", "12", "--data.test_good", "4", "--data.test_defect", "1",
+        "--data.val_good", "2", "--data.val_defect", "1",
+    ]  # fmt: skip
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    run_command(*command, cwd=folders[0])
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=folders[1], stdout=log, stderr=log, start_new_session=True)
+        while process.poll() is None and not (found := list(folders[1].rglob("last.ckpt"))):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    [last] = {path.resolve() for path in found}
+    assert CheckpointFiles().load_checkpoint(last)["epoch"] < 39
+    run_command(*command, "--ckpt_path", last, cwd=folders[1])
+    states = []
+    for folder in folders:
+        [path] = folder.glob("results/CflowPlugin/Textures/weave/latest/weights/lightning/model.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert not list(folders[1].rglob("*.partial"))
 
 
 def _in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:
