@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import platform
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from cflow_plugin.published import CAPTIONS, published_table
@@ -38,6 +40,9 @@ _COLUMNS = {
     "peak_memory_mb": "peak memory MB",
     "export_seconds": "export s",
 }
+_VARIED = ("backbone", "size", "batch")
+_MAIN_COLUMNS = ("runtime", "precision", "p50_ms", "fps", "file_mb")
+_NAMED = 3  # combinations that are named one by one
 
 
 def describe_machine(threads: int) -> dict:
@@ -68,20 +73,29 @@ def _processor() -> str:
 
 def left_out(skipped: dict[str, list[str]]) -> list[str]:
     """A line for each reason why something was not timed, with what it befell."""
-    return [f"Left out, for {reason}: {', '.join(names)}." for reason, names in skipped.items()]
+    lines = []
+    for reason, names in skipped.items():
+        what = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} combinations, such as {names[0]}"
+        lines.append(f"Left out, for {reason}: {what}.")
+    return lines
 
 
 def print_table(rows: list[dict], console: Console) -> None:
-    """Show the figures."""
-    console.print(_table(rows, box.SIMPLE_HEAD))
+    """Show the figures, on a narrow screen those that matter most."""
+    table = _table(rows, box.SIMPLE_HEAD, _COLUMNS)
+    if Measurement.get(console, console.options.update(width=1000), table).maximum > console.width:
+        varied = [key for key in _VARIED if len({row.get(key) for row in rows}) > 1]
+        table = _table(rows, box.SIMPLE_HEAD, ["model", *varied, *_MAIN_COLUMNS])
+    console.print(table)
 
 
-def _table(rows: list[dict], style: box.Box) -> Table:
+def _table(rows: list[dict], style: box.Box, columns: Iterable[str]) -> Table:
     table = Table(box=style)
-    for key, title in _COLUMNS.items():
-        table.add_column(title, justify="right" if isinstance(rows[0].get(key), float) else "left", no_wrap=True)
+    for key in columns:
+        justify = "right" if any(isinstance(row.get(key), float) for row in rows) else "left"
+        table.add_column(_COLUMNS.get(key, key), justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*(_format(row.get(key)) for key in _COLUMNS))
+        table.add_row(*(_format(row.get(key)) for key in columns))
     return table
 
 
@@ -112,7 +126,7 @@ def write_report(report: dict, folder: Path) -> None:
             f"{machine['processor']}, {machine['threads']} threads; {', '.join(machine['versions'].values())}"
         )
         console.print()
-        console.print(_table(rows, box.MARKDOWN))
+        console.print(_table(rows, box.MARKDOWN, _COLUMNS))
         console.print(f"Published, Table 6. {CAPTIONS[6]}:\n")
         console.print(_published())
         for line in left_out(report["left_out"]):
