@@ -9,6 +9,7 @@ __all__ = [
     "warn_of_other_versions",
 ]
 
+import io
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,8 +45,10 @@ class CheckpointFiles(AnomalibCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()  # torch's own writing to files does not say that the disk is full
+        torch.save(checkpoint, content)
         with replacing(path) as passing:
-            torch.save(checkpoint, passing)
+            passing.write_bytes(content.getbuffer())
         remove_unfinished(path)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:

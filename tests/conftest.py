@@ -57,6 +57,17 @@ def trained(textures: Textures, tmp_path_factory: pytest.TempPathFactory) -> Cfl
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def checkpoint(trained: CflowPlugin, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model's checkpoint, as training writes it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
+    engine = make_engine(path.parent)
+    engine._setup_trainer(trained)
+    engine.trainer.strategy.connect(trained)
+    engine.trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
 def run_command(*command: str | Path, cwd: Path, expect: int | None = 0, **environment: str) -> str:
     """Run a program of this environment as a user would, and return what it printed."""
     program = Path(sys.executable).parent / command[0]

@@ -19,16 +19,6 @@ from cflow_plugin.files import arriving, replacing
 from .conftest import QUICK, make_engine, run_command
 
 
-@pytest.fixture(scope="module")
-def checkpoint(trained, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
-    engine = make_engine(path.parent)
-    engine._setup_trainer(trained)
-    engine.trainer.strategy.connect(trained)
-    engine.trainer.save_checkpoint(path, weights_only=True)
-    return path
-
-
 def changed(checkpoint, target, **entries):
     torch.save({**torch.load(checkpoint, weights_only=True), **entries}, target)
     return target
@@ -167,10 +157,11 @@ def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_pat
 def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     command = [
         Path(sys.executable).with_name("anomalib"), "train", "--model", "CflowPlugin", "--model.backbone", "gabor",
-        "--model.layers", "[scale1]", "--model.image_size", "[64, 64]", "--model.epochs", "40",
-        "--model.steps_per_epoch", "15", "--seed_everything", "3", "--data", "Textures", "--data.root", textures.root,
-        "--data.resolution", "64", "--data.train_good", "12", "--data.test_good", "4", "--data.test_defect", "1",
-        "--data.val_good", "2", "--data.val_defect", "1",
+        "--model.layers", "[scale1]", "--model.image_size", "[64, 64]", "--model.coupling_blocks", "2",
+        "--model.vectors_per_step", "64", "--model.epochs", "40", "--model.steps_per_epoch", "15",
+        "--seed_everything", "3", "--data", "Textures", "--data.root", textures.root, "--data.resolution", "64",
+        "--data.train_good", "12", "--data.test_good", "4", "--data.test_defect", "1", "--data.val_good", "2",
+        "--data.val_defect", "1",
     ]  # fmt: skip
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:

@@ -45,15 +45,10 @@ def proof(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def checkpoint(trained, tmp_path, proof):
+def hostile(checkpoint, tmp_path, proof):
     """A checkpoint that is complete and right, but for one more entry."""
-    path = tmp_path / "model.ckpt"
-    engine = make_engine(tmp_path)
-    engine._setup_trainer(trained)
-    engine.trainer.strategy.connect(trained)
-    engine.trainer.save_checkpoint(path, weights_only=True)
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, "callbacks": {"mine": Hostile(proof)}}, path)
+    path = tmp_path / "hostile.ckpt"
+    torch.save({**torch.load(checkpoint, weights_only=True), "callbacks": {"mine": Hostile(proof)}}, path)
     return path
 
 
@@ -61,31 +56,31 @@ REFUSED = "other objects than tensors"
 
 
 @pytest.mark.parametrize("use", ["fit", "test", "predict"])
-def test_a_checkpoint_in_the_engine(checkpoint, proof, textures, tmp_path, use):
+def test_a_checkpoint_in_the_engine(hostile, proof, textures, tmp_path, use):
     model, engine = CflowPlugin(**QUICK), make_engine(tmp_path / "runs")
     with pytest.raises(CflowError, match=REFUSED):
-        getattr(engine, use)(model, datamodule=textures, ckpt_path=checkpoint)
+        getattr(engine, use)(model, datamodule=textures, ckpt_path=hostile)
     assert not proof.exists()
 
 
-def test_a_checkpoint_in_an_export(checkpoint, proof, tmp_path):
+def test_a_checkpoint_in_an_export(hostile, proof, tmp_path):
     with pytest.raises(CflowError, match=REFUSED):
-        make_engine(tmp_path).export(CflowPlugin(**QUICK), "onnx", export_root=tmp_path, ckpt_path=checkpoint)
+        make_engine(tmp_path).export(CflowPlugin(**QUICK), "onnx", export_root=tmp_path, ckpt_path=hostile)
     assert not proof.exists()
 
 
-def test_a_checkpoint_whose_scores_are_read(checkpoint, proof):
+def test_a_checkpoint_whose_scores_are_read(hostile, proof):
     with pytest.raises(CflowError, match="could not be read"):
-        held_out_scores(checkpoint)
+        held_out_scores(hostile)
     assert not proof.exists()
 
 
-def test_a_checkpoint_for_spade(checkpoint, proof, textures, tmp_path):
+def test_a_checkpoint_for_spade(hostile, proof, textures, tmp_path):
     with pytest.raises(CflowError, match=REFUSED):
         make_engine(tmp_path / "runs").test(
             Spade(backbone="resnet18", layers=["layer1"], image_layer="layer2", pre_trained=False),
             datamodule=textures,
-            ckpt_path=checkpoint,
+            ckpt_path=hostile,
         )
     assert not proof.exists()
 

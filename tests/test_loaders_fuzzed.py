@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,6 @@ from cflow_plugin.encoder import read_weights
 from cflow_plugin.image_files import read_image, unreadable
 from cflow_plugin.import_checkpoint import import_checkpoint
 from cflow_plugin.live.timeline import read_truth
-
-from .conftest import QUICK
 
 PICTURE = Image.fromarray(draw("weave", "hole", "test", 3, size=64).image)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".webp": "WEBP", ".ppm": "PPM"}
@@ -66,10 +65,10 @@ def test_images(suffix, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def files(trained, tmp_path_factory):
+def files(checkpoint, tmp_path_factory):
     """A good file for each loader."""
     folder = tmp_path_factory.mktemp("files")
-    torch.save({"state_dict": trained.state_dict(), "hyper_parameters": dict(QUICK)}, folder / "model.ckpt")
+    shutil.copy(checkpoint, folder / "model.ckpt")
     weights = {"conv1.weight": torch.randn(8, 3, 3, 3), "bn1.bias": torch.randn(8)}
     save_file(weights, folder / "weights.safetensors")
     torch.save(weights, folder / "weights.pth")

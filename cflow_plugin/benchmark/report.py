@@ -90,7 +90,7 @@ def print_table(rows: list[dict], console: Console) -> None:
 
 
 def _table(rows: list[dict], style: box.Box, columns: Iterable[str]) -> Table:
-    table = Table(box=style)
+    table = Table(box=style, pad_edge=style is box.MARKDOWN)
     for key in columns:
         justify = "right" if any(isinstance(row.get(key), float) for row in rows) else "left"
         table.add_column(_COLUMNS.get(key, key), justify=justify, no_wrap=True)
