@@ -131,7 +131,7 @@ def test_a_worker_of_a_comparison_is_killed(cluster, tmp_path):
     out = run_command(*command, cwd=tmp_path)
     killer.join(timeout=30)
     assert killed
-    assert "failed" not in out
+    assert "cells failed" not in out
     results = pd.read_csv(tmp_path / "out/results.csv")
     expected = {(model, seed) for model in ("small", "UFLOW") for seed in seeds}
     assert len(results) == len(expected)
