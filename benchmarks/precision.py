@@ -14,17 +14,12 @@ import numpy as np
 import onnxruntime
 import openvino as ov
 import torch
-from anomalib.data import MVTecAD
 from anomalib.deploy import CompressionType
-from anomalib.engine import Engine
 from jsonargparse import auto_cli
-from lightning import seed_everything
 from rich import box
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
-from training import publish
-
-from cflow_plugin import CflowPlugin
+from training import publish, train_default
 
 OUTPUTS = ("pred_score", "pred_label", "anomaly_map")
 
@@ -70,12 +65,7 @@ def main(
 
 
 def _compare(data: Path, weights: Path, category: str, layers: list[str], seed: int, folder: str) -> list[dict]:
-    seed_everything(seed, verbose=False)
-    model = CflowPlugin(layers=layers, weights=str(weights), visualizer=False)
-    datamodule = MVTecAD(root=data, category=category, num_workers=0)
-    engine = Engine(default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False)
-    engine.train(model, datamodule=datamodule)
-    model.eval()
+    model, datamodule = train_default(data, category, weights, layers, seed, Path(folder))
     batches = list(datamodule.test_dataloader())
     images = torch.cat([batch.image for batch in batches])
     labels = torch.cat([batch.gt_label for batch in batches]).numpy()

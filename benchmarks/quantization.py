@@ -15,13 +15,11 @@ import numpy as np
 import openvino as ov
 import torch
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from jsonargparse import auto_cli
-from lightning import seed_everything
 from rich import box
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
-from training import publish
+from training import publish, train_default
 
 from cflow_plugin import CflowPlugin
 from cflow_plugin.export import TrainingImages, convert_to_openvino
@@ -43,7 +41,7 @@ def is_first_convolution(node: ov.Node) -> bool:
 
 
 def is_encoder(node: ov.Node) -> bool:
-    """Whether an operation is one of the encoder's convolutions or sums."""
+    """Whether an operation is one of the encoder's convolutions."""
     return node.get_type_name() in {"Convolution", "GroupConvolution"}
 
 
@@ -52,7 +50,7 @@ KEPT: dict[str, list[Callable[[ov.Node], bool]]] = {
     "the maps' products": [is_map],
     "… and the first convolution": [is_map, is_first_convolution],
     "… and the whitening": [is_map, is_first_convolution, is_whitening],
-    "… and the encoder": [is_map, is_whitening, is_encoder],
+    "… and the encoder's convolutions": [is_map, is_whitening, is_encoder],
     "all but the coupling blocks' products (the export)": [lambda node: ".blocks." not in node.get_friendly_name()],
 }
 
@@ -78,12 +76,8 @@ def main(
     data, weights, output = data.resolve(), weights.resolve(), output.resolve()
     rows = []
     for category in categories:
-        seed_everything(seed, verbose=False)
-        model = CflowPlugin(layers=layers, weights=str(weights), visualizer=False)
-        datamodule = MVTecAD(root=data, category=category, num_workers=0)
-        engine = Engine(default_root_dir=output / "runs", logger=False, enable_progress_bar=False)
-        engine.train(model, datamodule=datamodule)
-        rows += [{"category": category, **row} for row in _compare(model.eval(), datamodule)]
+        trained = train_default(data, category, weights, layers, seed, output / "runs")
+        rows += [{"category": category, **row} for row in _compare(*trained)]
     table = Table("category", "kept in f32", "image AUROC", "pixel AUROC", "same decisions", box=box.MARKDOWN)
     for row in rows:
         figures = (f"{row['image_AUROC']:.4f}", f"{row['pixel_AUROC']:.4f}", f"{row['same']} of {row['images']}")

@@ -16,14 +16,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
 from jsonargparse import auto_cli
-from lightning import LightningModule, Trainer
+from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cflow_plugin import CflowPlugin
 from cflow_plugin.benchmark.report import describe_machine
 from cflow_plugin.benchmark.speed import peak_resident_bytes
 
@@ -49,10 +52,6 @@ def measure(
     Returns:
         Seconds of ``fit``, peak resident memory in MiB after it, the metrics, and what training logged last.
     """
-    from anomalib.data import MVTecAD
-    from anomalib.engine import Engine
-    from lightning import seed_everything
-
     from cflow_plugin.comparison.cell import EncoderChoice, Variant, build_model
 
     seed_everything(seed, verbose=False)
@@ -98,6 +97,30 @@ def in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
     """Call a function in a fresh process, so that its peak memory is its own."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
+
+
+def train_default(
+    data: Path, category: str, weights: Path, layers: list[str], seed: int, folder: Path
+) -> tuple[CflowPlugin, MVTecAD]:
+    """Train and test CflowPlugin by its default recipe.
+
+    Args:
+        data: Folder with one folder a category, in MVTec AD's layout.
+        category: Category.
+        weights: ResNet-18 weights in timm's names.
+        layers: Layers of the encoder.
+        seed: Seed of everything.
+        folder: Folder for what training writes.
+
+    Returns:
+        The model, in eval mode, and its data.
+    """
+    seed_everything(seed, verbose=False)
+    model = CflowPlugin(layers=layers, weights=str(weights), visualizer=False)
+    datamodule = MVTecAD(root=data, category=category, num_workers=0)
+    engine = Engine(default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False)
+    engine.train(model, datamodule=datamodule)
+    return model.eval(), datamodule
 
 
 def publish(name: str, table: Table, report: dict, output: Path) -> None:

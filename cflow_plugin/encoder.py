@@ -23,6 +23,8 @@ from cflow_plugin.filter_bank import FilterBank
 
 logger = logging.getLogger(__name__)
 
+_LARGE_ENOUGH = 64  # pixels, for every layer of every backbone
+
 Padding = Literal["zeros", "reflect"]
 
 
@@ -137,7 +139,7 @@ class Encoder(nn.Module):
             _reflect(network)
         try:
             self.network = _truncate(network, self.layers)
-            pyramid = self(torch.zeros(1, 3, 64, 64))
+            pyramid = self(torch.zeros(1, 3, _LARGE_ENOUGH, _LARGE_ENOUGH))
         except Exception as error:  # tracing runs the model's own code, which may refuse in any way
             msg = f"{backbone!r} cannot serve as an encoder: cutting it at its layers failed ({_first_line(error)})."
             raise CflowError(msg) from error
@@ -160,7 +162,7 @@ class Encoder(nn.Module):
             raise CflowError(msg)
         self.network = FilterBank(self.layers)
         self.eval()
-        self.channels = [features.shape[1] for features in self(torch.zeros(1, 3, 64, 64))]
+        self.channels = [features.shape[1] for features in self(torch.zeros(1, 3, _LARGE_ENOUGH, _LARGE_ENOUGH))]
 
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in eval mode: batch norm must never see a training batch."""
@@ -183,6 +185,30 @@ class Encoder(nn.Module):
             return pyramid
         size = self.neighbourhood
         return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Complain of images that are too small for the coarsest layer.
+
+        Args:
+            size: Height and width in pixels.
+
+        Raises:
+            CflowError: If no feature map comes out.
+        """
+        if min(size) >= _LARGE_ENOUGH:  # what the encoder was built with
+            return
+        try:
+            pyramid = self(torch.zeros(1, 3, *size))
+        except (RuntimeError, ValueError) as error:
+            pyramid, reason = [], error
+        else:
+            reason = None
+        if not pyramid or any(features.numel() == 0 for features in pyramid):
+            msg = (
+                f"Images of {size[0]}×{size[1]} pixels are too small for {', '.join(self.layers)} of "
+                f"{self.backbone!r}; choose a larger --model.image_size, or finer layers."
+            )
+            raise CflowError(msg) from reason
 
     def load(self, weights: str | Path | None, pre_trained: bool) -> None:
         """Load what a model's settings ask for.

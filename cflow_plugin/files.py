@@ -41,8 +41,7 @@ def arriving(folder: Path, last: str) -> Iterator[Path]:
         folder: Where they are wanted; it must be there.
         last: Name of the file that the others are found by.
     """
-    for rest in folder.glob(f".{glob.escape(last)}.*.partial"):  # of a killed run
-        shutil.rmtree(rest, ignore_errors=True)
+    remove_unfinished(folder / last)
     passing = folder / f".{last}.{uuid.uuid4().hex[:8]}.partial"
     passing.mkdir()
     try:
@@ -56,10 +55,13 @@ def arriving(folder: Path, last: str) -> Iterator[Path]:
 
 
 def remove_unfinished(file: Path) -> None:
-    """Remove what killed runs left of a file that only one process writes.
+    """Remove what killed runs left of a file, or of files that arrive together, that only one process writes.
 
     Args:
-        file: The file.
+        file: The file, or that which the others are found by.
     """
     for rest in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
-        rest.unlink(missing_ok=True)
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink(missing_ok=True)

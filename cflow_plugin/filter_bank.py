@@ -80,6 +80,8 @@ class FilterBank(nn.Module):
         response = functional.conv2d(padded.reshape(batch * colours, 1, *padded.shape[-2:]), self.bank, stride=2)
         real, imaginary = response.chunk(2, dim=1)
         energy = (real.square() + imaginary.square() + 1e-12).sqrt()
-        energy = functional.avg_pool2d(energy, 4).reshape(batch, -1, height // 8, width // 8)
+        # Of a size that eight does not divide, the rest is left out, as by the pooling of colours below.
+        energy = functional.avg_pool2d(energy, 4)[..., : height // 8, : width // 8]
+        energy = energy.reshape(batch, -1, height // 8, width // 8)
         # Energies are far from normally distributed; their logarithms are not.
         return torch.cat([torch.log(energy + 0.02), functional.avg_pool2d(level, 8)], dim=1)

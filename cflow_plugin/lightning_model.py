@@ -273,6 +273,7 @@ class CflowPlugin(AnomalibModule):
     def _load_encoder(self) -> None:
         """Load ImageNet weights unless they are there: a restored model brings its own."""
         if not self._encoder_is_loaded:
+            self.model.encoder.check_size(self.hparams["image_size"])
             self.model.encoder.load(self.weights, self.pre_trained)
         self._encoder_is_loaded = True
 
@@ -544,9 +545,15 @@ class CflowPlugin(AnomalibModule):
         self.post_processor.calibrate(torch.cat(scores), torch.cat(maxima))
 
     def on_fit_end(self) -> None:
-        """Give the features' memory back."""
+        """Give the features' memory back, and leave a model where it is looked for."""
         self._bank = None
         self._held_out_loader = None
+        for callback in self.trainer.checkpoint_callbacks:
+            # Resumed after its last epoch, a run has nothing to train, and Lightning then writes no checkpoint.
+            if callback.dirpath and Path(callback.dirpath).name == "lightning":
+                file = Path(callback.dirpath) / f"{callback.filename}.ckpt"
+                if not self.trainer.strategy.broadcast(file.exists()):
+                    self.trainer.save_checkpoint(file)
 
     # Use
 

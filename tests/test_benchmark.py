@@ -3,8 +3,10 @@ import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from cflow_plugin.benchmark.candidates import Candidate, build_model, unavailable
+from cflow_plugin.benchmark.report import left_out, print_table
 
 from .conftest import run_command
 
@@ -63,3 +65,26 @@ def test_help_and_errors(tmp_path):
     assert "Devices that are not there are named" in " ".join(out.split())
     out = run_command("cflow-plugin", "watch", "--model", "no.xml", "--source", ".", cwd=tmp_path, expect=1)
     assert out.strip().splitlines()[-1].startswith("error: There is no exported model")
+
+
+@pytest.mark.parametrize("width", [80, 240])
+def test_the_table_fits_the_screen(width, capsys):
+    row = {
+        "model": "CflowPlugin", "backbone": "resnet18", "size": 256, "batch": 1, "runtime": "openvino",
+        "precision": "int8-bf16", "executed": "u8 (48), bf16 (29), f32 (3)", "p50_ms": 11.25, "p90_ms": 13.5,
+        "p99_ms": 19.25, "fps": 88.25, "fps_throughput": 103.0, "file_mb": 18.0, "parameters_mb": 80.5,
+        "peak_memory_mb": 1387.0, "export_seconds": 16.25,
+    }  # fmt: skip
+    print_table([row, {**row, "size": 512, "file_mb": None}], Console(width=width))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= width
+    for shown in ("CflowPlugin", "256", "512", "openvino", "88.2", "18.0"):
+        assert shown in out
+    assert ("1387.0" in out) == (width == 240)
+
+
+def test_what_is_left_out_is_summed_up():
+    [few, many] = left_out({"a reason": ["x", "y"], "another": list("abcd")})
+    assert few == "Left out, for a reason: x, y."
+    assert many == "Left out, for another: 4 combinations, such as a."

@@ -186,6 +186,20 @@ def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     assert not list(folders[1].rglob("*.partial"))
 
 
+def test_a_run_resumed_after_its_last_epoch_leaves_a_model(textures, tmp_path):
+    settings = {**QUICK, "epochs": 2, "steps_per_epoch": 3, "visualizer": False}
+    make_engine(tmp_path / "first").train(CflowPlugin(**settings), datamodule=textures)
+    [last] = (tmp_path / "first").rglob("last.ckpt")
+    make_engine(tmp_path / "second").train(CflowPlugin(**settings), datamodule=textures, ckpt_path=last)
+    states = []
+    for folder in ("first", "second"):
+        [path] = {path.resolve() for path in (tmp_path / folder).rglob("model.ckpt")}
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 def _in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:
     """Run a command in a mount namespace of its own, where a folder is a file system of that size."""
     if shutil.which("unshare") is None:
@@ -199,6 +213,15 @@ def _in_small_space(folder, size: str, command: list) -> subprocess.CompletedPro
     return result
 
 
+def _sentence(result: subprocess.CompletedProcess) -> str:
+    """The one sentence that a failed command ends in."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
 @pytest.mark.long
 def test_a_full_disk_ends_training_in_a_sentence(textures, tmp_path):
     program = os.path.join(os.path.dirname(sys.executable), "anomalib")
@@ -208,12 +231,9 @@ def test_a_full_disk_ends_training_in_a_sentence(textures, tmp_path):
          "--data", "Textures", "--data.root", textures.root, "--data.resolution", "64", "--data.train_good", "12",
          "--data.test_good", "4", "--data.test_defect", "1", "--data.val_good", "2", "--data.val_defect", "1"],
     )  # fmt: skip
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "No space left on device" in last
-    assert "Free some space" in last
+    sentence = _sentence(result)
+    assert "No space left on device" in sentence
+    assert "Free some space" in sentence
 
 
 @pytest.mark.long
@@ -225,9 +245,6 @@ def test_a_folder_that_cannot_be_written_to(textures, tmp_path):
         ["sh", "-c", "mount -o remount,ro . && exec \"$@\"", "sh", program, "train", "--model", "CflowPlugin",
          "--model.backbone", "gabor", "--data", "Textures", "--data.root", textures.root],
     )  # fmt: skip
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "Read-only file system" in last
-    assert "--default_root_dir" in last
+    sentence = _sentence(result)
+    assert "Read-only file system" in sentence
+    assert "--default_root_dir" in sentence

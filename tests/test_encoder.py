@@ -169,3 +169,16 @@ def test_features_are_averaged_over_the_neighbourhood():
 def test_an_even_neighbourhood_is_refused():
     with pytest.raises(CflowError, match="odd"):
         Encoder("gabor", neighbourhood=2)
+
+
+@pytest.mark.parametrize(("name", "size"), [("gabor", (31, 64)), ("gabor", (4, 4))])
+def test_images_that_are_too_small_are_refused(name, size):
+    encoder = Encoder(name)
+    encoder.check_size((32, 33))
+    with pytest.raises(CflowError, match=rf"{size[0]}×{size[1]} pixels are too small for scale1, scale2, scale3"):
+        encoder.check_size(size)
+
+
+def test_a_size_that_strides_do_not_divide():
+    sizes = [tuple(features.shape[1:]) for features in Encoder("gabor")(torch.rand(1, 3, 47, 62))]
+    assert sizes == [(51, 5, 7), (51, 2, 3), (51, 1, 1)]

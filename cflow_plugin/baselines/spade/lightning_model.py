@@ -17,6 +17,7 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
@@ -24,6 +25,7 @@ from cflow_plugin.baselines.spade.torch_model import SpadeModel
 from cflow_plugin.checkpoints import use_checkpoint_files
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
+from cflow_plugin.image_check import ImageFileCheck
 from cflow_plugin.pre_processing import CflowPreProcessor
 
 logger = logging.getLogger(__name__)
@@ -121,6 +123,10 @@ class Spade(MemoryBankMixin, AnomalibModule):
     @staticmethod
     def configure_optimizers() -> None:
         """There is nothing to optimise."""
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add a look at the images."""
+        return [*super().configure_callbacks(), ImageFileCheck()]
 
     # Training
 
