@@ -24,7 +24,7 @@ from cflow_plugin.live.timeline import read_truth
 
 PICTURE = Image.fromarray(draw("weave", "hole", "test", 3, size=64).image)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".webp": "WEBP", ".ppm": "PPM"}
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MANY = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def damage(data: bytes, where: list[float], what: list[int], length: float) -> bytes:
@@ -108,6 +108,14 @@ def test_other_files(name, files, tmp_path, caplog):
             assert len(str(error)) > 20
 
     check()
+
+
+@pytest.mark.parametrize("header", [b"{\x00", b"{'descr': '<i8', 'shape': (", b"\xff" * 20])
+def test_a_header_of_numpy_s_that_python_cannot_parse(header, tmp_path):
+    path = tmp_path / "truth.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(CflowError, match="could not be read as a NumPy array"):
+        read_truth(path)
 
 
 def test_no_file_was_harmed_by_the_damage(files):

@@ -149,6 +149,6 @@ def _open(file: Path) -> NDArray:
     except FileNotFoundError as error:
         message = f"{file} is missing; unpack the data set again."
         raise CflowError(message) from error
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python, which fails in many ways
         message = f"{file} could not be read as a NumPy array ({error}); unpack the data set again."
         raise CflowError(message) from error

@@ -88,7 +88,7 @@ def read_truth(path: Path) -> Truth:
         return Truth(_read_intervals(path), None)
     try:
         mask = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python, which fails in many ways
         message = f"{path} could not be read as a NumPy array ({error})."
         raise CflowError(message) from error
     if mask.ndim != 1 or mask.dtype.kind not in "buif":
