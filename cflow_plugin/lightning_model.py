@@ -39,8 +39,8 @@ from cflow_plugin.checkpoints import (
     versions,
     warn_of_other_versions,
 )
-from cflow_plugin.decisions.conformal import check_enough
-from cflow_plugin.decisions.held_out import choose_held_out, given_images, part_of
+from cflow_plugin.decisions.conformal import check_enough, images_needed
+from cflow_plugin.decisions.held_out import choose_held_out, given_images, good_validation_images, part_of, why_not_f1
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.distributed import score_every_image_once, share_of_batch, share_results_folder
 from cflow_plugin.encoder import Padding
@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 _CALIBRATION_IMAGES = 128
 _INTERIM_CALIBRATION_IMAGES = 4
 _LIGHTNING_DEFAULT_EPOCHS = 1000
+_AUTOMATIC_RATE = 0.05
 
 
 class CflowPlugin(AnomalibModule):
@@ -102,11 +103,12 @@ class CflowPlugin(AnomalibModule):
         schedule: ``one_cycle`` or ``cosine``.
         warmup_epochs: Epochs of linear warm-up before ``cosine``.
         target_false_alarm_rate: Share of good images that may be called anomalous, for example 0.05. Thresholds then
-            come from good images that are held out of training, and nothing is fitted on validation images. By default
-            anomalib's thresholds, which maximise F1 on the validation images. See
+            come from good images that are held out of training, and nothing is fitted on images of defects. ``null``
+            asks for anomalib's thresholds, which maximise F1 on the validation images. ``auto`` does so where that is
+            sound, and takes 0.05 where the validation images are the test images or show no defect. See
             :class:`~cflow_plugin.decisions.post_processing.ConformalPostProcessor`.
-        held_out_share: Share of the training images that is held out where a false-alarm rate is asked for and does not
-            need more of them.
+        held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
+            not need more of them. Validation images that are all good, and enough, are taken instead.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
@@ -151,7 +153,7 @@ class CflowPlugin(AnomalibModule):
         learning_rate: float = 2e-3,
         schedule: Literal["one_cycle", "cosine"] = "one_cycle",
         warmup_epochs: int = 0,
-        target_false_alarm_rate: float | None = None,
+        target_false_alarm_rate: float | Literal["auto"] | None = "auto",
         held_out_share: float = 0.2,
         held_out_images: str | None = None,
         pre_processor: nn.Module | bool = True,
@@ -174,11 +176,13 @@ class CflowPlugin(AnomalibModule):
         if not 0 < held_out_share <= 0.5:
             msg = f"held_out_share must lie above 0 and not above 0.5, got {held_out_share}."
             raise CflowError(msg)
-        if target_false_alarm_rate is not None and post_processor is not True:
+        rate = None if target_false_alarm_rate == "auto" else target_false_alarm_rate
+        if rate is not None and post_processor is not True:
             msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
             raise CflowError(msg)
+        self._chooses_rate = target_false_alarm_rate == "auto" and post_processor is True
         if post_processor is True:
-            post_processor = ConformalPostProcessor(target_false_alarm_rate)
+            post_processor = ConformalPostProcessor(rate)
         super().__init__(
             pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
             post_processor=post_processor,
@@ -265,7 +269,9 @@ class CflowPlugin(AnomalibModule):
         if self.trainer.check_val_every_n_epoch == 1 and loops.max_epochs and loops.max_epochs > 0:
             # Thresholds are wanted of the trained model only.
             self.trainer.check_val_every_n_epoch = loops.max_epochs
-        self._warn_of_thresholds_from_test_images()
+        if getattr(self.trainer.datamodule, "val_split_mode", None) == ValSplitMode.NONE:
+            # anomalib's data modules fail when they are asked for validation images that they do not have.
+            self.trainer.limit_val_batches = 0
         if not isinstance(loops._data_source.instance, _Steps):  # noqa: SLF001
             loops._data_source = copy(loops._data_source)  # noqa: SLF001
             loops._data_source.instance = _Steps(self, copy(loops._data_source).dataloader)  # noqa: SLF001
@@ -277,21 +283,40 @@ class CflowPlugin(AnomalibModule):
             self.model.encoder.load(self.weights, self.pre_trained)
         self._encoder_is_loaded = True
 
-    def _warn_of_thresholds_from_test_images(self) -> None:
-        split = getattr(self.trainer.datamodule, "val_split_mode", None)
-        fitted = isinstance(self.post_processor, PostProcessor) and not self._decides_by_rate
-        if fitted and split == ValSplitMode.SAME_AS_TEST and self.trainer.limit_val_batches:
-            logger.warning(
-                "The validation images of these data are the test images, so decision thresholds will be fitted on "
-                "what they are tested on. With --model.target_false_alarm_rate 0.05 they come from good images alone."
-            )
-
     @property
     def _decides_by_rate(self) -> bool:
         return isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal
 
+    def _choose_rate(self, images: int) -> None:
+        """Take a false-alarm rate where thresholds that maximise F1 on the validation images would not be sound."""
+        data = self.trainer.datamodule
+        reason = None if data is None else why_not_f1(data)
+        validation_is_off = not self.trainer.limit_val_batches and hasattr(data, "val_data")
+        if self._decides_by_rate or not self.post_processor or validation_is_off:
+            return
+        needed = images_needed(_AUTOMATIC_RATE)
+        if self._chooses_rate and (
+            self.held_out_images is not None
+            or (reason and good_validation_images(data) >= needed)
+            or (reason and images >= 2 * needed and not self._decoders_are_whitened)
+        ):
+            logger.info(
+                "%s; thresholds are set for a false-alarm rate of %g (--model.target_false_alarm_rate).",
+                reason or "Good images to set thresholds by are given",
+                _AUTOMATIC_RATE,
+            )
+            self.post_processor.target_false_alarm_rate = _AUTOMATIC_RATE
+        elif reason:
+            logger.warning(
+                "%s; decision thresholds that maximise F1 on validation images cannot be trusted here. With at least "
+                "%d good training images and --model.target_false_alarm_rate %g they come from good images alone.",
+                reason,
+                2 * needed,
+                _AUTOMATIC_RATE,
+            )
+
     def hold_out(self, images: DataLoader) -> DataLoader:
-        """Set good images aside for the thresholds, if a false-alarm rate is asked for.
+        """Set good images aside for the thresholds, if a false-alarm rate is to be kept.
 
         Args:
             images: Loader of training images.
@@ -302,14 +327,21 @@ class CflowPlugin(AnomalibModule):
         Raises:
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
+        total = len(images.dataset)
+        self._choose_rate(total)
         if not self._decides_by_rate:
             return images
         # Thresholds of an earlier training would not fit the weights that are saved from now on.
         self.post_processor.forget()
-        rate, total = self.post_processor.target_false_alarm_rate, len(images.dataset)
+        rate = self.post_processor.target_false_alarm_rate
         if self.held_out_images is not None:
             self._held_out_loader = given_images(self.held_out_images)
             check_enough(len(self._held_out_loader.dataset), rate)
+            return images
+        data = self.trainer.datamodule
+        if self._held_out is None and data is not None and good_validation_images(data) >= images_needed(rate):
+            logger.info("The thresholds come from the %d validation images, all good.", good_validation_images(data))
+            self._held_out_loader = data.val_dataloader()
             return images
         if self._held_out is None:
             if self._decoders_are_whitened:
@@ -417,6 +449,23 @@ class CflowPlugin(AnomalibModule):
         for batch in bank.batches(steps, vectors, generator, with_noise=self.noise > 0):
             yield share_of_batch(batch, self.global_rank, self.trainer.world_size)
 
+    def on_train_start(self) -> None:
+        """Refuse to go on with a run for longer than it was planned for: its learning rate has come to its end.
+
+        Raises:
+            CflowError: If that is asked for.
+        """
+        scheduler = self.lr_schedulers()
+        planned = getattr(scheduler, "planned_steps", None)
+        asked = self.trainer.estimated_stepping_batches
+        if planned is not None and asked > planned:
+            epochs = planned * self.trainer.max_epochs / asked
+            msg = (
+                f"This run was planned for {epochs:.0f} epochs, over which its learning rate falls, and cannot go on "
+                f"for {self.trainer.max_epochs}. Leave the number of epochs as it was, or train anew."
+            )
+            raise CflowError(msg)
+
     @torch.no_grad()
     def _fill_bank(self, images: DataLoader, generator: torch.Generator) -> FeatureBank:
         logger.info("Extracting the features of %d training images.", len(images.dataset))
@@ -486,6 +535,7 @@ class CflowPlugin(AnomalibModule):
             if warmup:
                 rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
                 scheduler = SequentialLR(optimizer, [rise, scheduler], milestones=[warmup])
+        scheduler.planned_steps = steps  # kept in its state, and so in checkpoints
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # When an epoch ends

@@ -204,7 +204,7 @@ def _in_small_space(folder, size: str, command: list) -> subprocess.CompletedPro
     """Run a command in a mount namespace of its own, where a folder is a file system of that size."""
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare here")
-    script = f"mount -t tmpfs -o size={size} tmpfs {folder} && cd {folder} && exec \"$@\""
+    script = f'mount -t tmpfs -o size={size} tmpfs {folder} && cd {folder} && exec "$@"'
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, command)], capture_output=True, text=True, timeout=600
     )

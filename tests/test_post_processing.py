@@ -293,12 +293,83 @@ def test_without_a_rate_it_is_anomalib_s(tmp_path, data):
     assert torch.equal(models[0].eval()(images).pred_mask, models[1].eval()(images).pred_mask)
 
 
-@pytest.mark.parametrize(("settings", "warned"), [({"target_false_alarm_rate": None}, True), ({}, False)])
-def test_thresholds_from_test_images_are_warned_of(tmp_path, data, caplog, settings, warned):
-    same = make_textures(data.root, **DATA, val_split_mode=ValSplitMode.SAME_AS_TEST)
+# What happens without a word of the rate
+
+
+GOOD_ONLY = {"val_split_mode": ValSplitMode.FROM_TRAIN}
+
+
+@pytest.mark.parametrize(
+    ("settings", "held_out", "trained_on"),
+    [
+        ({"train_good": 40, "val_split_mode": ValSplitMode.SAME_AS_TEST}, 19, 21),
+        ({"train_good": 40, "val_split_mode": ValSplitMode.NONE}, 19, 21),
+        ({"train_good": 40, "val_split_mode": ValSplitMode.FROM_DIR}, 0, 40),
+        # Validation images, all good: enough of them, and too few.
+        ({"train_good": 40, **GOOD_ONLY, "val_split_ratio": 0.5}, 20, 20),
+        ({"train_good": 45, **GOOD_ONLY, "val_split_ratio": 0.1}, 19, 22),
+    ],
+    ids=["validation is the test", "no validation", "defects to validate on", "good ones", "few good ones"],
+)
+def test_no_threshold_is_fitted_to_test_images_by_itself(tmp_path, settings, held_out, trained_on):
+    model = quick_model(target_false_alarm_rate="auto")
+    same = make_textures(tmp_path / "data", **settings)
+    seen = []
+    fill = model._fill_bank
+    model._fill_bank = lambda images, generator: (seen.append(len(images.dataset)), fill(images, generator))[1]
+    make_engine(tmp_path / "run").fit(model, datamodule=same)
+    assert (len(model.post_processor.held_out_scores), seen) == (held_out, [trained_on])
+    assert model.post_processor.target_false_alarm_rate == (0.05 if held_out else None)
+    loaded = CflowPlugin.load_from_checkpoint(next((tmp_path / "run").rglob("model.ckpt")))
+    assert loaded.post_processor.target_false_alarm_rate == (0.05 if held_out else None)
+    # A run that was cut off finds the images it held out, and ends as this one did.
+    begun, continued = (quick_model(target_false_alarm_rate="auto") for _ in range(2))
+    make_engine(tmp_path / "begun", callbacks=[StopAfter(1)]).fit(begun, datamodule=same)
+    checkpoint = next((tmp_path / "begun").rglob("last.ckpt"))
+    make_engine(tmp_path / "continued").fit(continued, datamodule=same, ckpt_path=checkpoint)
+    assert_same(buffers_of(model), buffers_of(continued))
+
+
+def test_good_validation_images_are_scored_as_new_ones(tmp_path):
+    data = make_textures(tmp_path / "data", train_good=16, val_split_mode=ValSplitMode.FROM_TRAIN, val_split_ratio=0.4)
+    model = quick_model()
+    make_engine(tmp_path / "run").fit(model, datamodule=data)
+    images = torch.stack([item.image for item in data.val_data])
+    with torch.no_grad():
+        expected = model.eval().model(model.pre_processor(images)).pred_score
+    torch.testing.assert_close(model.post_processor.held_out_scores, expected.sort().values)
+
+
+def test_given_images_are_reason_enough_for_a_rate(tmp_path, data):
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for number in range(20):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)).save(
+            folder / f"{number}.png"
+        )
+    model = quick_model(epochs=1, target_false_alarm_rate="auto", held_out_images=str(folder))
+    make_engine(tmp_path / "run").fit(model, datamodule=data)
+    assert len(model.post_processor.held_out_scores) == 20
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "warned"),
+    [
+        (ValSplitMode.SAME_AS_TEST, {"target_false_alarm_rate": None}, "are the test images"),
+        (ValSplitMode.SAME_AS_TEST, {"target_false_alarm_rate": "auto"}, "are the test images"),  # too few to hold out
+        (ValSplitMode.SAME_AS_TEST, {"target_false_alarm_rate": "auto", "post_processor": PostProcessor()}, "are the"),
+        (ValSplitMode.FROM_TRAIN, {"target_false_alarm_rate": "auto"}, "shows a defect"),
+        (ValSplitMode.SAME_AS_TEST, {}, None),
+        (ValSplitMode.FROM_DIR, {"target_false_alarm_rate": "auto"}, None),
+    ],
+)
+def test_thresholds_that_cannot_be_trusted_are_warned_of(tmp_path, data, caplog, mode, settings, warned):
+    same = make_textures(data.root, **DATA, val_split_mode=mode)
     with caplog.at_level(logging.WARNING):
         make_engine(tmp_path).fit(quick_model(epochs=1, **settings), datamodule=same)
-    assert any("fitted on what they are tested on" in record.message for record in caplog.records) == warned
+    found = [record.getMessage() for record in caplog.records if "cannot be trusted" in record.getMessage()]
+    assert all(warned and warned in message for message in found)
+    assert len(found) == (warned is not None)
 
 
 # Thresholds travel
@@ -429,15 +500,17 @@ def test_a_run_that_was_cut_off_has_no_thresholds(tmp_path, data):
 
 
 def test_images_that_were_trained_on_are_never_held_out(tmp_path, data):
-    make_engine(tmp_path / "plain").fit(quick_model(target_false_alarm_rate=None), datamodule=data)
+    make_engine(tmp_path / "plain", callbacks=[StopAfter(1)]).fit(
+        quick_model(target_false_alarm_rate=None), datamodule=data
+    )
     plain = next((tmp_path / "plain").rglob("last.ckpt"))
     with pytest.raises(CflowError, match="trained on all training images"):
-        make_engine(tmp_path / "later").fit(quick_model(epochs=3), datamodule=data, ckpt_path=plain)
-    make_engine(tmp_path / "rate").fit(quick_model(), datamodule=data)
+        make_engine(tmp_path / "later").fit(quick_model(), datamodule=data, ckpt_path=plain)
+    make_engine(tmp_path / "rate", callbacks=[StopAfter(1)]).fit(quick_model(), datamodule=data)
     checkpoint = next((tmp_path / "rate").rglob("last.ckpt"))
     more = make_textures(tmp_path / "more", train_good=18)
     with pytest.raises(CflowError, match="out of 16 training images, and now there are 18"):
-        make_engine(tmp_path / "more").fit(quick_model(epochs=3), datamodule=more, ckpt_path=checkpoint)
+        make_engine(tmp_path / "more").fit(quick_model(), datamodule=more, ckpt_path=checkpoint)
 
 
 @pytest.mark.parametrize(

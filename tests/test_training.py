@@ -40,6 +40,16 @@ class StopAfter(Callback):
             trainer.should_stop = True
 
 
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_a_finished_run_cannot_go_on_for_longer(tmp_path, textures, schedule):
+    make_engine(tmp_path / "run").fit(quick_model(schedule=schedule, epochs=2), datamodule=textures)
+    last = next((tmp_path / "run").rglob("last.ckpt"))
+    with pytest.raises(CflowError, match=r"planned for 2 epochs.* cannot go on for 3"):
+        make_engine(tmp_path / "more").fit(
+            quick_model(schedule=schedule, epochs=3), datamodule=textures, ckpt_path=last
+        )
+
+
 def test_only_decoders_and_constants_change(tmp_path, textures):
     model = quick_model(backbone="resnet18", layers=["layer1"], pre_trained=False)
     before, modes = weights_of(model), []

@@ -150,6 +150,8 @@ def build_model(variant: Variant, encoder: EncoderChoice, image_size: tuple[int,
         given["weights"] = encoder.weights and str(encoder.weights)
     if variant.model == "Spade" and encoder.layers:
         given["image_layer"] = encoder.layers[-1]
+    if variant.model == "CflowPlugin":
+        given["target_false_alarm_rate"] = None  # all models train on the same images
     settings = given | variant.settings
     if settings["layers"] is None:
         del settings["layers"]

@@ -1,18 +1,49 @@
 """Which normal images are held out of training, to calibrate decisions on."""
 
-__all__ = ["choose_held_out", "given_images", "part_of"]
+__all__ = ["choose_held_out", "given_images", "good_validation_images", "part_of", "why_not_f1"]
 
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import AnomalibDataModule, PredictDataset
+from anomalib.data.utils import ValSplitMode
 from torch.utils.data import DataLoader, Subset
 
 from cflow_plugin.decisions.conformal import images_needed
 from cflow_plugin.errors import CflowError
 from cflow_plugin.image_files import check_images
+
+
+def why_not_f1(data: AnomalibDataModule) -> str | None:
+    """Why thresholds that maximise F1 on the validation images would not be sound, if that is so.
+
+    Args:
+        data: What is trained on, after its set-up.
+
+    Returns:
+        Half a sentence, or ``None``.
+    """
+    if getattr(data, "val_split_mode", None) == ValSplitMode.SAME_AS_TEST:
+        return "The validation images of these data are the test images"
+    validation = getattr(data, "val_data", None)
+    if validation is None:
+        return "There is no validation image"
+    # Data sets of videos do not say.
+    return None if getattr(validation, "has_anomalous", True) else "No validation image shows a defect"
+
+
+def good_validation_images(data: AnomalibDataModule) -> int:
+    """How many validation images can set thresholds: all, if none shows a defect and none is tested on.
+
+    Args:
+        data: What is trained on, after its set-up.
+    """
+    validation = getattr(data, "val_data", None)
+    if validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
+        return 0
+    return 0 if getattr(validation, "has_anomalous", True) else len(validation)
 
 
 def choose_held_out(images: int, rate: float, share: float, seed: int) -> list[int]:

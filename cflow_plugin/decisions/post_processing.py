@@ -20,7 +20,7 @@ class ConformalPostProcessor(PostProcessor):
 
     Without ``target_false_alarm_rate`` this is anomalib's post-processor: thresholds that maximise F1 on the validation
     images, which takes images of defects. With it, thresholds come from normal images alone that nothing was trained
-    on, and validation changes nothing:
+    on, and validation does not touch them:
 
     - *Image*: the threshold is the ``ceil((n + 1) (1 - rate))``-th smallest of the n held-out image scores. A new
       normal image, exchangeable with them, is called anomalous with a probability of at most ``rate``.
