@@ -11,8 +11,9 @@ The splits share one pool and one model, so they are not independent of each oth
 Two shares of false alarms are counted: normal images above the image threshold, and normal images whose mask shows any
 pixel. Whether a split is inside is judged twice. The *binomial* interval (95 %, Clopper-Pearson) around what was found
 must hold the rate that was asked for. It takes the threshold's own rate to be exactly that, though a threshold from n
-images has a rate that scatters around it, so that fewer than 95 % of the splits may be inside; how many is computed
-beside it from the theory. The *beta-binomial* interval (the middle 95 % of the number of alarms) allows for both.
+images has a rate that scatters around it. So that this scatter is small beside the interval, five sixths of a pool set
+the threshold and one sixth checks it (``--checked``); how many splits can then be inside is computed from the theory and
+stands beside what was found. The *beta-binomial* interval (the middle 95 % of the number of alarms) allows for both.
 """
 
 import tempfile
@@ -48,6 +49,7 @@ def main(
     rates: list[float] = [0.01, 0.05, 0.1],  # noqa: B006
     splits: int = 500,
     pool: int = 300,
+    checked: float = 1 / 6,
     seed: int = 0,
     output: Path = Path("results/benchmarks/false_alarms"),
 ) -> None:
@@ -61,6 +63,7 @@ def main(
         rates: False-alarm rates to ask for.
         splits: Random splits of each pool.
         pool: Good images in the pool of a texture.
+        checked: Share of a pool that checks the threshold.
         seed: Seed of everything.
         output: Folder for the results.
     """
@@ -77,7 +80,7 @@ def main(
         for name, source in sources:
             normal, defective = _score(source, weights, seed, Path(folder) / "runs")
             for rate in rates:
-                rows.append({"data": name, "asked": rate, **_compare(normal, defective, rate, splits, seed)})
+                rows.append({"data": name, "asked": rate, **_compare(normal, defective, rate, checked, splits, seed)})
     columns = ["data", "asked", "held out / checked"]
     for what in ("images", "masks"):
         columns += [f"{what}: false alarms", "inside binomial", "inside beta-binomial"]
@@ -129,9 +132,9 @@ def _score(source: LightningDataModule, weights: Path, seed: int, folder: Path) 
     return tuple({key: np.array(values) for key, values in side.items()} for side in sides)
 
 
-def _compare(normal: dict, defective: dict, rate: float, splits: int, seed: int) -> dict:
+def _compare(normal: dict, defective: dict, rate: float, share: float, splits: int, seed: int) -> dict:
     total = len(normal["score"])
-    held_out = max(images_needed(rate), 2 * total // 3)
+    held_out = max(images_needed(rate), total - round(share * total))
     checked = total - held_out
     if checked < CHECKED_AT_LEAST:
         held_out = images_needed(rate)

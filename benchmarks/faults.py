@@ -1,12 +1,18 @@
-"""Runs killed at random moments: what is left of them, and what becomes of the next start.
+"""Runs killed at random moments, and disks that fill up: what is left of a run, and what becomes of the next start.
 
     python benchmarks/faults.py --tries 20
 
-Training (calibration and test included), export, comparison and the scoring of a collection each run once undisturbed,
-on small procedural textures. Then each is started again and again, killed by SIGKILL with all its processes at a random
-moment after its first file appeared, and started once more. Counted are the files of the killed run that bear a final
-name and cannot be read, and the second starts that end with the undisturbed run's result: equal weights, equal figures,
-equal scores.
+Training, the calibration on held-out images, export, comparison and the scoring of a collection each run once
+undisturbed, on small procedural textures. Then each is started again and again and fails, either
+
+- *killed* by SIGKILL, with all its processes, at a random moment after its first file appeared (calibration: after it
+  began), or
+- with a *full disk*: it writes to a file system of a random size, smaller than what it needs (Linux; nothing of it is
+  seen outside).
+
+After that it is started once more. Counted are the failed run's files that bear a final name and cannot be read, full
+disks that were not answered by one sentence and a non-zero exit code, and the second starts that end with the
+undisturbed run's result: equal weights, equal figures, equal scores.
 """
 
 import json
@@ -20,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +67,20 @@ class Scenario:
         command: The command, run in a folder of its own.
         result: What comes out of it, read from that folder; two runs' are compared.
         resume: More arguments for the second start, found in the folder.
+        begins: What it says when the moments to kill it at begin; by default they begin with its first file.
     """
 
     name: str
     command: list[str]
     result: Callable[[Path], dict[str, np.ndarray]]
     resume: Callable[[Path], list[str]] = lambda _: []
+    begins: str | None = None
+
+    def has_begun(self, folder: Path) -> bool:
+        """Whether the moments to kill it at have begun."""
+        if self.begins is not None:
+            return self.begins in (folder / "log.txt").read_text(errors="replace")
+        return sum(1 for file in folder.rglob("*") if file.is_file()) > 1  # the log
 
 
 def damaged(folder: Path) -> list[str]:
@@ -87,26 +102,58 @@ def start(command: list[str], folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
 
-def files_in(folder: Path) -> int:
-    """How many files a command has made."""
-    return sum(1 for file in folder.rglob("*") if file.is_file())
-
-
-def try_once(scenario: Scenario, span: tuple[float, float], expected: dict[str, np.ndarray], folder: Path) -> dict:
-    """Start, kill, look, start again, compare."""
+def kill(scenario: Scenario, seconds: float, folder: Path) -> dict:
+    """Start a command and kill it within so many seconds after the moments for it have begun."""
     process = start(scenario.command, folder)
-    moment = random.uniform(*span)
+    while process.poll() is None and not scenario.has_begun(folder):
+        time.sleep(0.02)
     try:
-        process.wait(moment)
-        was_running = False
+        process.wait(random.uniform(0, seconds))
     except subprocess.TimeoutExpired:
-        was_running = True
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        return {"failed": True, "answered": True}
+    return {"failed": False, "answered": True}
+
+
+IN_SMALL_SPACE = """
+size=$1 small=$2 kept=$3; shift 3
+mount -t tmpfs -o size="$size" tmpfs "$small" || exit 99
+cd "$small" || exit 99
+"$@"
+status=$?
+cp -a . "$kept"
+exit $status
+"""
+
+
+def fill(scenario: Scenario, needed: int, folder: Path) -> dict:
+    """Run a command in a file system of less than it needs, in a mount namespace of its own; what it wrote is kept."""
+    size = int(random.uniform(0.02, 0.98) * needed)
+    with tempfile.TemporaryDirectory() as small, (folder / "log.txt").open("w") as log:
+        command = ["unshare", "-rm", "sh", "-c", IN_SMALL_SPACE, "sh", str(size), small, str(folder), *scenario.command]
+        status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    if status == 99:
+        message = "A file system of a chosen size cannot be made here; that takes Linux with user namespaces."
+        raise SystemExit(message)
+    text = (folder / "log.txt").read_text(errors="replace")
+    last = text.strip().splitlines()[-1]
+    return {
+        "failed": status != 0,
+        "answered": status == 0 or ("Traceback" not in text and last.startswith("error: ")),
+        "words": last,
+    }
+
+
+def try_once(scenario: Scenario, fail: Callable[[Path], dict], expected: dict[str, np.ndarray], folder: Path) -> dict:
+    """Let it fail, look, start again, compare."""
+    folder.mkdir()
+    happened = fail(folder)
     broken = damaged(folder)
     status = start([*scenario.command, *scenario.resume(folder)], folder).wait()
     same = status == 0 and _equal(scenario.result(folder), expected)
-    return {"moment": moment, "was_running": was_running, "damaged": broken, "status": status, "same": same}
+    shutil.rmtree(folder)
+    return {**happened, "damaged": broken, "status": status, "same": same}
 
 
 def _equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
@@ -171,6 +218,12 @@ def scenarios(home: Path) -> list[Scenario]:
         "output": "out",
     }
     (home / "compare.yaml").write_text(yaml.safe_dump(compare))
+    held_out = {**config["model"]["init_args"], "epochs": 2, "target_false_alarm_rate": 0.05}
+    held_out["held_out_images"] = str(home / "images")
+    (home / "calibrate.yaml").write_text(
+        yaml.safe_dump({**config, "model": {"class_path": "CflowPlugin", "init_args": held_out}})
+    )
+    calibrate = [str(BIN / "anomalib"), "train", "--config", str(home / "calibrate.yaml")]
     images = home / "images"
     images.mkdir()
     originals = sorted((home / "textures").rglob("*good/*.png"))
@@ -180,6 +233,7 @@ def scenarios(home: Path) -> list[Scenario]:
     score = [ours, "score", "--model", str(home / "weights/openvino/model.xml"), "--source", str(images)]
     return [
         Scenario("training and test", train, _weights, _last_checkpoint),
+        Scenario("calibration on 2,000 images", calibrate, _weights, _last_checkpoint, "for the thresholds"),
         Scenario("export to OpenVINO", [*export, "openvino"], _outputs("weights/openvino/model.xml")),
         Scenario("export to ONNX", [*export, "onnx"], _outputs("weights/onnx/model.onnx")),
         Scenario("comparison of three models", [ours, "compare", "--config", str(home / "compare.yaml")], _rows),
@@ -188,48 +242,61 @@ def scenarios(home: Path) -> list[Scenario]:
 
 
 def main(tries: int = 20, seed: int = 0, output: Path = Path("results/benchmarks/faults")) -> None:
-    """Kill commands at random moments, and write what became of them as JSON and Markdown.
+    """Let commands fail at random moments, and write what became of them as JSON and Markdown.
 
     Args:
-        tries: How often each command is killed.
-        seed: Seed of the moments.
+        tries: How often each command fails in each way.
+        seed: Seed of the moments and sizes.
         output: Folder for the results.
     """
     output = output.resolve()
     random.seed(seed)
-    table = Table("command", "killed", "files damaged", "second starts with the same result", box=box.MARKDOWN)
+    table = Table(
+        "command", "fault", "failed", "files damaged", "no clear sentence", "second starts with the same result",
+        box=box.MARKDOWN,
+    )  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         home = Path(folder)
         task = progress.add_task("Preparing", total=None)
         prepared = scenarios(home)
-        progress.update(task, total=tries * len(prepared))
+        progress.update(task, total=2 * tries * len(prepared))
         for scenario in prepared:
             progress.update(task, description=scenario.name)
-            undisturbed = home / "undisturbed"
-            undisturbed.mkdir()
-            begun = time.monotonic()
-            process = start(scenario.command, undisturbed)
-            while process.poll() is None and files_in(undisturbed) <= 1:  # the log
-                time.sleep(0.05)
-            first_file = time.monotonic() - begun
-            process.wait()
-            span = (first_file, time.monotonic() - begun)
-            expected = scenario.result(undisturbed)
-            results = []
-            for number in range(tries):
-                work = home / f"try {number}"
-                work.mkdir()
-                results.append(try_once(scenario, span, expected, work))
-                shutil.rmtree(work)
-                progress.advance(task)
-            shutil.rmtree(undisturbed)
-            killed = sum(result["was_running"] for result in results)
-            broken = sum(len(result["damaged"]) for result in results)
-            same = sum(result["same"] for result in results)
-            table.add_row(scenario.name, str(killed), str(broken), f"{same} of {tries}")
-            rows.append({"command": scenario.name, "span": span, "tries": results})
+            expected, seconds, needed = run_undisturbed(scenario, home / "undisturbed")
+            faults: dict[str, Callable[[Path], dict]] = {
+                "killed": partial(kill, scenario, seconds),
+                "disk full": partial(fill, scenario, needed),
+            }
+            for fault, fail in faults.items():
+                results = []
+                for number in range(tries):
+                    results.append(try_once(scenario, fail, expected, home / f"try {number}"))
+                    progress.advance(task)
+                failed, answered, same = (
+                    sum(result[key] for result in results) for key in ("failed", "answered", "same")
+                )
+                broken = sum(len(result["damaged"]) for result in results)
+                table.add_row(
+                    scenario.name, fault, str(failed), str(broken), str(tries - answered), f"{same} of {tries}"
+                )
+                rows.append({"command": scenario.name, "fault": fault, "tries": results})
     publish("faults", table, {"seed": seed, "rows": rows}, output)
+
+
+def run_undisturbed(scenario: Scenario, folder: Path) -> tuple[dict[str, np.ndarray], float, int]:
+    """Run a command to its end: its result, the seconds in which it may be killed, and the bytes that it writes."""
+    folder.mkdir()
+    process = start(scenario.command, folder)
+    while process.poll() is None and not scenario.has_begun(folder):
+        time.sleep(0.02)
+    begun = time.monotonic()
+    process.wait()
+    seconds = time.monotonic() - begun
+    expected = scenario.result(folder)
+    needed = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    shutil.rmtree(folder)
+    return expected, seconds, needed
 
 
 if __name__ == "__main__":

@@ -585,6 +585,7 @@ class CflowPlugin(AnomalibModule):
             return
         training = self.model.training
         self.model.eval()
+        logger.info("Scoring %d good images for the thresholds.", len(self._held_out_loader.dataset))
         scores, maxima = [], []
         for batch in self._held_out_loader:
             pixels = batch.image.to(self.device)
