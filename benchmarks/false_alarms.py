@@ -12,8 +12,9 @@ Two shares of false alarms are counted: normal images above the image threshold,
 pixel. Whether a split is inside is judged twice. The *binomial* interval (95 %, Clopper-Pearson) around what was found
 must hold the rate that was asked for. It takes the threshold's own rate to be exactly that, though a threshold from n
 images has a rate that scatters around it. So that this scatter is small beside the interval, five sixths of a pool set
-the threshold and one sixth checks it (``--checked``); how many splits can then be inside is computed from the theory and
-stands beside what was found. The *beta-binomial* interval (the middle 95 % of the number of alarms) allows for both.
+the threshold and one sixth checks it (``--checked``). How many can then be inside is computed from the theory
+and stands beside what was found. The *beta-binomial* interval (the middle 95 % of the number of alarms) allows for
+both.
 """
 
 import tempfile

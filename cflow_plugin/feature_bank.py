@@ -51,16 +51,17 @@ class FeatureBank:
     def __init__(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> None:
         self.sizes = list(sizes)
         self._generator = generator
-        self._features: list[list[torch.Tensor]] = [[] for _ in sizes]
+        self._features: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
-        self._merged: list[torch.Tensor] | None = None
+        self._images = 0
 
     def add(self, pyramid: Sequence[torch.Tensor], images_expected: int) -> None:
         """Add the features of a batch of images.
 
         Args:
             pyramid: For each scale ``(B, D_k, H_k, W_k)``.
-            images_expected: Number of images the bank will hold in the end, to decide what fits into memory.
+            images_expected: Number of images the bank will hold in the end: memory is taken for so many at once, since
+                putting batches together afterwards would take twice as much.
         """
         if not self._positions:
             total = images_expected * sum(features[0].numel() * features.element_size() for features in pyramid)
@@ -68,17 +69,20 @@ class FeatureBank:
             for height, width in self.sizes:
                 order = torch.randperm(height * width, generator=self._generator)
                 self._positions.append(order[: max(1, int(kept * height * width))].sort().values)
-        for scale, features in enumerate(pyramid):
+            self._features = [
+                features.new_empty(images_expected, len(positions), features.shape[1])
+                for features, positions in zip(pyramid, self._positions, strict=True)
+            ]
+        end = self._images + len(pyramid[0])
+        for kept, features, positions in zip(self._features, pyramid, self._positions, strict=True):
             vectors = features.flatten(2).transpose(1, 2)
-            self._features[scale].append(vectors[:, self._positions[scale].to(vectors.device)])
+            kept[self._images : end] = vectors[:, positions.to(vectors.device)]
+        self._images = end
 
     @property
     def features(self) -> list[torch.Tensor]:
         """For each scale ``(I, P_k, D_k)`` over all I images."""
-        if self._merged is None:
-            self._merged = [torch.cat(parts) for parts in self._features]
-            self._features = []
-        return self._merged
+        return [kept[: self._images] for kept in self._features]
 
     @property
     def positions(self) -> list[torch.Tensor]:

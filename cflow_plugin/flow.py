@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 Permutation = Literal["swap", "random", "soft"]
+_VECTORS_AT_ONCE = 65_536
 
 
 def log_likelihood(u: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
@@ -76,10 +77,11 @@ class Whitening(InvertibleModule):
         Raises:
             ValueError: If the features are not finite.
         """
-        vectors = vectors.to(torch.float64)
-        mean = vectors.mean(0)
-        centred = vectors - mean
-        covariance = centred.T @ centred / max(1, len(vectors) - 1)
+        # In parts: a copy of all vectors in float64 would be twice as large as they are.
+        parts = vectors.split(_VECTORS_AT_ONCE)
+        mean = sum(part.double().sum(0) for part in parts) / len(vectors)
+        covariance = sum(centred.T @ centred for centred in (part.double() - mean for part in parts))
+        covariance = covariance / max(1, len(vectors) - 1)
         if not torch.isfinite(covariance).all():
             msg = "The training features are not finite: the encoder's weights or the training images hold NaN or Inf."
             raise ValueError(msg)

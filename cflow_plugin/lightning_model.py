@@ -436,6 +436,7 @@ class CflowPlugin(AnomalibModule):
         """
         seed = self._training_seed()
         if self._bank is None or _is_random(getattr(images.dataset, "augmentations", None)):
+            self._bank = None  # two at once may be more than the memory holds
             self._bank = self._fill_bank(images, torch.Generator().manual_seed(seed))
         bank = self._bank
         if not self._decoders_are_whitened:
@@ -476,14 +477,16 @@ class CflowPlugin(AnomalibModule):
             if self.pre_processor:
                 pixels = self.pre_processor(pixels)
             pyramid = self.model.encoder(pixels)
+            if any(not torch.isfinite(features).all() for features in pyramid):
+                msg = (
+                    "The training features hold NaN or infinite values: check the training images and encoder weights."
+                )
+                raise CflowError(msg)
             if bank is None:
                 bank = FeatureBank([tuple(part.shape[-2:]) for part in pyramid], generator)
             bank.add(pyramid, images_expected=len(images.dataset))
         if bank is None:
             msg = "There is no training image; check --data.root and --data.category."
-            raise CflowError(msg)
-        if any(not torch.isfinite(features).all() for features in bank.features):
-            msg = "The training features hold NaN or infinite values: check the training images and encoder weights."
             raise CflowError(msg)
         return bank
 
