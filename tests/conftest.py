@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from anomalib.engine import Engine
-from lightning import seed_everything
+# Two processes run the tests. If each computed in several threads, they would wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from cflow_plugin import CflowPlugin
-from cflow_plugin.data import Textures
+import pytest  # noqa: E402
+from anomalib.engine import Engine  # noqa: E402
+from lightning import seed_everything  # noqa: E402
+
+from cflow_plugin import CflowPlugin  # noqa: E402
+from cflow_plugin.data import Textures  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("CFLOW_SHARED", ROOT.parent / "shared"))

@@ -16,7 +16,13 @@ def config_file(folder: Path) -> str:
         "seed_everything": 3,
         "model": {
             "class_path": "CflowPlugin",
-            "init_args": {**QUICK, "image_size": [64, 64], "epochs": 2, "steps_per_epoch": 5},
+            "init_args": {
+                **QUICK,
+                "image_size": [64, 64],
+                "epochs": 2,
+                "steps_per_epoch": 5,
+                "target_false_alarm_rate": 0.25,
+            },
         },
         # Nine test images: two processes cannot share them evenly.
         "data": {
