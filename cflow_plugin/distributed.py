@@ -77,7 +77,8 @@ def score_every_image_once(trainer: Trainer, stage: str) -> None:
 def share_of_batch(batch: VectorBatch, rank: int, processes: int) -> VectorBatch:
     """The part of a batch that one process trains on.
 
-    All processes draw the same batch; the mean of their gradients is then that of a single process.
+    All processes draw the same batch. The mean of their gradients is then that of a single process, once each has
+    multiplied its own by the weight of its part: parts of 7 images in 2 processes are not of one size.
 
     Args:
         batch: Vectors of N images, ``(N, P_k, D_k)`` for each scale.
@@ -86,8 +87,10 @@ def share_of_batch(batch: VectorBatch, rank: int, processes: int) -> VectorBatch
     """
     if processes == 1 or len(batch.vectors[0]) < processes:
         return batch
+    images = len(batch.vectors[0])
     return VectorBatch(
         [vectors[rank::processes] for vectors in batch.vectors],
         batch.positions,
         [None if noise is None else noise[rank::processes] for noise in batch.noise],
+        weight=len(range(rank, images, processes)) * processes / images,
     )

@@ -21,6 +21,7 @@ class VectorBatch:
         vectors: For each scale ``(N, P_k, D_k)``: P_k positions in N images.
         positions: For each scale ``(P_k,)``: row-major index of each position in the scale's feature map.
         noise: For each scale standard normal noise, shaped as the vectors, or ``None``.
+        weight: What a mean over these vectors counts, where several processes share a batch; the mean weight is 1.
         image: Always ``None``: anomalib's pre-processor transforms the image and mask of whatever batch it is given.
         gt_mask: Always ``None``.
     """
@@ -28,6 +29,7 @@ class VectorBatch:
     vectors: list[torch.Tensor]
     positions: list[torch.Tensor]
     noise: list[torch.Tensor | None]
+    weight: float = 1.0
     image: None = None
     gt_mask: None = None
 
@@ -37,6 +39,7 @@ class VectorBatch:
             [part.to(device) for part in self.vectors],
             [part.to(device) for part in self.positions],
             [None if part is None else part.to(device) for part in self.noise],
+            self.weight,
         )
 
 

@@ -39,8 +39,7 @@ from cflow_plugin.checkpoints import (
     versions,
     warn_of_other_versions,
 )
-from cflow_plugin.decisions.conformal import check_enough, images_needed
-from cflow_plugin.decisions.held_out import choose_held_out, given_images, good_validation_images, part_of, why_not_f1
+from cflow_plugin.decisions.held_out import HeldOutImages, part_of
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.distributed import score_every_image_once, share_of_batch, share_results_folder
 from cflow_plugin.encoder import Padding
@@ -60,7 +59,6 @@ logger = logging.getLogger(__name__)
 _CALIBRATION_IMAGES = 128
 _INTERIM_CALIBRATION_IMAGES = 4
 _LIGHTNING_DEFAULT_EPOCHS = 1000
-_AUTOMATIC_RATE = 0.05
 
 
 class CflowPlugin(AnomalibModule):
@@ -173,14 +171,12 @@ class CflowPlugin(AnomalibModule):
         if not noise >= 0:
             msg = f"noise must not be negative, got {noise}."
             raise CflowError(msg)
-        if not 0 < held_out_share <= 0.5:
-            msg = f"held_out_share must lie above 0 and not above 0.5, got {held_out_share}."
-            raise CflowError(msg)
         rate = None if target_false_alarm_rate == "auto" else target_false_alarm_rate
         if rate is not None and post_processor is not True:
             msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
             raise CflowError(msg)
-        self._chooses_rate = target_false_alarm_rate == "auto" and post_processor is True
+        may_choose_rate = target_false_alarm_rate == "auto" and post_processor is True
+        held_out = HeldOutImages(held_out_share, held_out_images, may_choose_rate)
         if post_processor is True:
             post_processor = ConformalPostProcessor(rate)
         super().__init__(
@@ -199,8 +195,6 @@ class CflowPlugin(AnomalibModule):
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.warmup_epochs = warmup_epochs
-        self.held_out_share = held_out_share
-        self.held_out_images = held_out_images
         self.model: CflowModel = CflowModel(
             backbone=backbone,
             layers=layers,
@@ -215,12 +209,11 @@ class CflowPlugin(AnomalibModule):
             position_correction=position_correction,
         )
         self._encoder_is_loaded = False
-        self._decoders_are_whitened = False
+        self._is_trained = False
         self._calibrated_step = -1
         self._seed: int | None = None
         self._bank: FeatureBank | None = None
-        self._held_out: dict[str, Any] | None = None
-        self._held_out_loader: DataLoader | None = None
+        self._held_out = held_out
 
     # What anomalib asks a model
 
@@ -287,34 +280,6 @@ class CflowPlugin(AnomalibModule):
     def _decides_by_rate(self) -> bool:
         return isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal
 
-    def _choose_rate(self, images: int) -> None:
-        """Take a false-alarm rate where thresholds that maximise F1 on the validation images would not be sound."""
-        data = self.trainer.datamodule
-        reason = None if data is None else why_not_f1(data)
-        validation_is_off = not self.trainer.limit_val_batches and hasattr(data, "val_data")
-        if self._decides_by_rate or not self.post_processor or validation_is_off:
-            return
-        needed = images_needed(_AUTOMATIC_RATE)
-        if self._chooses_rate and (
-            self.held_out_images is not None
-            or (reason and good_validation_images(data) >= needed)
-            or (reason and images >= 2 * needed and not self._decoders_are_whitened)
-        ):
-            logger.info(
-                "%s; thresholds are set for a false-alarm rate of %g (--model.target_false_alarm_rate).",
-                reason or "Good images to set thresholds by are given",
-                _AUTOMATIC_RATE,
-            )
-            self.post_processor.target_false_alarm_rate = _AUTOMATIC_RATE
-        elif reason:
-            logger.warning(
-                "%s; decision thresholds that maximise F1 on validation images cannot be trusted here. With at least "
-                "%d good training images and --model.target_false_alarm_rate %g they come from good images alone.",
-                reason,
-                2 * needed,
-                _AUTOMATIC_RATE,
-            )
-
     def hold_out(self, images: DataLoader) -> DataLoader:
         """Set good images aside for the thresholds, if a false-alarm rate is to be kept.
 
@@ -327,42 +292,15 @@ class CflowPlugin(AnomalibModule):
         Raises:
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
-        total = len(images.dataset)
-        self._choose_rate(total)
+        if isinstance(self.post_processor, PostProcessor):
+            self._held_out.choose_rate(self.post_processor, self.trainer, len(images.dataset), self._is_trained)
         if not self._decides_by_rate:
             return images
         # Thresholds of an earlier training would not fit the weights that are saved from now on.
         self.post_processor.forget()
         rate = self.post_processor.target_false_alarm_rate
-        if self.held_out_images is not None:
-            self._held_out_loader = given_images(self.held_out_images)
-            check_enough(len(self._held_out_loader.dataset), rate)
-            return images
         data = self.trainer.datamodule
-        if self._held_out is None and data is not None and good_validation_images(data) >= images_needed(rate):
-            logger.info("The thresholds come from the %d validation images, all good.", good_validation_images(data))
-            self._held_out_loader = data.val_dataloader()
-            return images
-        if self._held_out is None:
-            if self._decoders_are_whitened:
-                msg = (
-                    "This model has been trained on all training images, so none is left for a false-alarm rate. Train "
-                    "anew with target_false_alarm_rate, or name other good images with --model.held_out_images."
-                )
-                raise CflowError(msg)
-            indices = choose_held_out(total, rate, self.held_out_share, self._training_seed())
-            self._held_out = {"images": total, "indices": indices}
-            logger.info("%d of %d training images are held out for the thresholds.", len(indices), total)
-        elif self._held_out["images"] != total:
-            msg = (
-                f"Images were held out of {self._held_out['images']} training images, and now there are {total}: some "
-                "that were trained on would count as held out. Train anew, or go on with the same images."
-            )
-            raise CflowError(msg)
-        indices = self._held_out["indices"]
-        check_enough(len(indices), rate)
-        self._held_out_loader = part_of(images, indices, augmented=False)
-        return part_of(images, sorted(set(range(total)) - set(indices)))
+        return self._held_out.take_from(images, data, rate, self._training_seed(), self._is_trained)
 
     def _training_seed(self) -> int:
         if self._seed is None:
@@ -389,7 +327,7 @@ class CflowPlugin(AnomalibModule):
         """Keep the seed of the training batches and the held-out images, for a resumed run to continue with."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["cflow_plugin_seed"] = self._seed
-        checkpoint["cflow_plugin_held_out"] = self._held_out
+        checkpoint["cflow_plugin_held_out"] = self._held_out.chosen
         checkpoint["cflow_plugin_versions"] = versions()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -404,8 +342,8 @@ class CflowPlugin(AnomalibModule):
         weights = [f"model.{name}" for name in self.model.state_dict() if not name.startswith("scoring.")]
         check_weights(checkpoint["state_dict"], weights)
         self._seed = checkpoint.get("cflow_plugin_seed")
-        self._held_out = checkpoint.get("cflow_plugin_held_out")
-        self._encoder_is_loaded = self._decoders_are_whitened = True
+        self._held_out.chosen = checkpoint.get("cflow_plugin_held_out")
+        self._encoder_is_loaded = self._is_trained = True
 
     def _become(self, settings: Mapping[str, Any]) -> None:
         """Build the model anew if a checkpoint was made with other settings: its weights and thresholds need them."""
@@ -439,11 +377,11 @@ class CflowPlugin(AnomalibModule):
             self._bank = None  # two at once may be more than the memory holds
             self._bank = self._fill_bank(images, torch.Generator().manual_seed(seed))
         bank = self._bank
-        if not self._decoders_are_whitened:
+        if not self._is_trained:
             if self.whiten:
                 for decoder, features in zip(self.model.decoders, bank.features, strict=True):
                     decoder.whitening.fit(features.flatten(0, 1))
-            self._decoders_are_whitened = True
+            self._is_trained = True
         cells = [height * width for height, width in bank.sizes]
         vectors = [max(1, self.vectors_per_step * count // cells[0]) for count in cells]
         generator = torch.Generator().manual_seed(seed + 1 + epoch)
@@ -508,8 +446,8 @@ class CflowPlugin(AnomalibModule):
         ):
             condition = self.model.condition(*size, vectors)[positions]
             likelihood = decoder.log_likelihood(vectors, condition, None if noise is None else self.noise * noise)
-            losses.append(-functional.logsigmoid(likelihood).mean())
-            self.log(f"train_nll_{name}", -likelihood.mean().detach(), **logged)
+            losses.append(-functional.logsigmoid(likelihood).mean() * batch.weight)
+            self.log(f"train_nll_{name}", -likelihood.mean().detach() * batch.weight, **logged)
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             msg = (
@@ -584,13 +522,13 @@ class CflowPlugin(AnomalibModule):
     @torch.no_grad()
     def _set_thresholds(self) -> None:
         """Score the held-out images as new ones would be, and set the thresholds by them."""
-        if self._held_out_loader is None:
+        if self._held_out.loader is None:
             return
         training = self.model.training
         self.model.eval()
-        logger.info("Scoring %d good images for the thresholds.", len(self._held_out_loader.dataset))
+        logger.info("Scoring %d good images for the thresholds.", len(self._held_out.loader.dataset))
         scores, maxima = [], []
-        for batch in self._held_out_loader:
+        for batch in self._held_out.loader:
             pixels = batch.image.to(self.device)
             result = self.model(self.pre_processor(pixels) if self.pre_processor else pixels)
             scores.append(result.pred_score)
@@ -601,7 +539,7 @@ class CflowPlugin(AnomalibModule):
     def on_fit_end(self) -> None:
         """Give the features' memory back, and leave a model where it is looked for."""
         self._bank = None
-        self._held_out_loader = None
+        self._held_out.loader = None
         for callback in self.trainer.checkpoint_callbacks:
             # Resumed after its last epoch, a run has nothing to train, and Lightning then writes no checkpoint.
             if callback.dirpath and Path(callback.dirpath).name == "lightning":

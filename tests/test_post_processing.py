@@ -229,7 +229,7 @@ def test_too_few_images_are_refused_with_the_number_needed(tmp_path, data):
 
 def test_held_out_images_are_scored_as_new_ones_and_not_trained_on(calibrated, data):
     model, _ = calibrated
-    held_out = model._held_out["indices"]
+    held_out = model._held_out.chosen["indices"]
     assert len(held_out) == 4
     images = torch.stack([data.train_data[index].image for index in held_out])
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_another_held_out_image_changes_no_weight(tmp_path, data):
         copy = make_textures(tmp_path / f"data{index}", **DATA)
         copy.prepare_data()
         if index:
-            for image in models[0]._held_out["indices"]:
+            for image in models[0]._held_out.chosen["indices"]:
                 path = copy.root / copy.category / "train" / "good" / f"{image:03}.png"
                 Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
         make_engine(tmp_path / f"run{index}").fit(model, datamodule=copy)
@@ -477,7 +477,7 @@ def test_a_resumed_run_holds_out_the_same_images(tmp_path, data):
     checkpoint = next((tmp_path / "cut").rglob("last.ckpt"))
     resumed = quick_model(seed=5, epochs=4, held_out_share=0.5)
     make_engine(tmp_path / "resumed").fit(resumed, datamodule=data, ckpt_path=checkpoint)
-    assert resumed._held_out == whole._held_out
+    assert resumed._held_out.chosen == whole._held_out.chosen
     assert_same(buffers_of(whole), buffers_of(resumed))
 
 

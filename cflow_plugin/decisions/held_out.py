@@ -1,49 +1,140 @@
 """Which normal images are held out of training, to calibrate decisions on."""
 
-__all__ = ["choose_held_out", "given_images", "good_validation_images", "part_of", "why_not_f1"]
+__all__ = ["HeldOutImages", "choose_held_out", "part_of"]
 
+import logging
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, PredictDataset
 from anomalib.data.utils import ValSplitMode
+from anomalib.post_processing import PostProcessor
+from lightning import Trainer
 from torch.utils.data import DataLoader, Subset
 
-from cflow_plugin.decisions.conformal import images_needed
+from cflow_plugin.decisions.conformal import check_enough, images_needed
 from cflow_plugin.errors import CflowError
 from cflow_plugin.image_files import check_images
 
+logger = logging.getLogger(__name__)
 
-def why_not_f1(data: AnomalibDataModule) -> str | None:
-    """Why thresholds that maximise F1 on the validation images would not be sound, if that is so.
-
-    Args:
-        data: What is trained on, after its set-up.
-
-    Returns:
-        Half a sentence, or ``None``.
-    """
-    if getattr(data, "val_split_mode", None) == ValSplitMode.SAME_AS_TEST:
-        return "The validation images of these data are the test images"
-    validation = getattr(data, "val_data", None)
-    if validation is None:
-        return "There is no validation image"
-    # Data sets of videos do not say.
-    return None if getattr(validation, "has_anomalous", True) else "No validation image shows a defect"
+_AUTOMATIC_RATE = 0.05
 
 
-def good_validation_images(data: AnomalibDataModule) -> int:
-    """How many validation images can set thresholds: all, if none shows a defect and none is tested on.
+class HeldOutImages:
+    """The good images that set a model's thresholds, and where they come from.
+
+    These are the images of a folder, where one is given; or else the validation images, where all of them are good and
+    they are enough; or else a random part of the training images.
 
     Args:
-        data: What is trained on, after its set-up.
+        share: Share of the training images to hold out where the rate does not need more.
+        folder: Folder of other good images.
+        may_choose_rate: Take a rate where none is asked for and other thresholds would not be sound.
+
+    Attributes:
+        loader: Loader of the images, or ``None`` where thresholds do not come from any.
+        chosen: Which training images are held out (``indices``), of how many (``images``); a resumed run needs it.
+
+    Raises:
+        CflowError: If the share is out of range.
     """
-    validation = getattr(data, "val_data", None)
-    if validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
-        return 0
-    return 0 if getattr(validation, "has_anomalous", True) else len(validation)
+
+    def __init__(self, share: float, folder: str | None, may_choose_rate: bool) -> None:
+        if not 0 < share <= 0.5:
+            msg = f"held_out_share must lie above 0 and not above 0.5, got {share}."
+            raise CflowError(msg)
+        self._share = share
+        self._folder = folder
+        self._may_choose_rate = may_choose_rate
+        self.loader: DataLoader | None = None
+        self.chosen: dict[str, Any] | None = None
+
+    def choose_rate(self, post_processor: PostProcessor, trainer: Trainer, images: int, is_trained: bool) -> None:
+        """Take a false-alarm rate where thresholds that maximise F1 on the validation images would not be sound.
+
+        Args:
+            post_processor: Takes the rate, unless it has one.
+            trainer: Its data are judged; where their validation is switched off, nothing is done.
+            images: Number of training images.
+            is_trained: Whether the model has seen all of them already.
+        """
+        data = trainer.datamodule
+        validation_is_off = not trainer.limit_val_batches and hasattr(data, "val_data")
+        if validation_is_off or getattr(post_processor, "target_false_alarm_rate", None) is not None:
+            return
+        reason = None if data is None else _why_not_f1(data)
+        needed = images_needed(_AUTOMATIC_RATE)
+        if self._may_choose_rate and (
+            self._folder is not None
+            or (reason and _good_validation_images(data) >= needed)
+            or (reason and images >= 2 * needed and not is_trained)
+        ):
+            logger.info(
+                "%s; thresholds are set for a false-alarm rate of %g (--model.target_false_alarm_rate).",
+                reason or "Good images to set thresholds by are given",
+                _AUTOMATIC_RATE,
+            )
+            post_processor.target_false_alarm_rate = _AUTOMATIC_RATE
+        elif reason:
+            logger.warning(
+                "%s; decision thresholds that maximise F1 on validation images cannot be trusted here. With at least "
+                "%d good training images and --model.target_false_alarm_rate %g they come from good images alone.",
+                reason,
+                2 * needed,
+                _AUTOMATIC_RATE,
+            )
+
+    def take_from(
+        self, images: DataLoader, data: AnomalibDataModule | None, rate: float, seed: int, is_trained: bool
+    ) -> DataLoader:
+        """Set images aside.
+
+        Args:
+            images: Loader of training images.
+            data: Where they are from, or ``None``.
+            rate: False-alarm rate to be kept.
+            seed: Seed of the choice.
+            is_trained: Whether the model has seen all training images already.
+
+        Returns:
+            Loader of the images to train on.
+
+        Raises:
+            CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
+        """
+        total = len(images.dataset)
+        if self._folder is not None:
+            self.loader = _given_images(self._folder)
+            check_enough(len(self.loader.dataset), rate)
+            return images
+        if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):
+            logger.info("The thresholds come from the %d validation images, all good.", _good_validation_images(data))
+            self.loader = data.val_dataloader()
+            return images
+        if self.chosen is None:
+            if is_trained:
+                msg = (
+                    "This model has been trained on all training images, so none is left for a false-alarm rate. Train "
+                    "anew with target_false_alarm_rate, or name other good images with --model.held_out_images."
+                )
+                raise CflowError(msg)
+            indices = choose_held_out(total, rate, self._share, seed)
+            self.chosen = {"images": total, "indices": indices}
+            logger.info("%d of %d training images are held out for the thresholds.", len(indices), total)
+        elif self.chosen["images"] != total:
+            msg = (
+                f"Images were held out of {self.chosen['images']} training images, and now there are {total}: some "
+                "that were trained on would count as held out. Train anew, or go on with the same images."
+            )
+            raise CflowError(msg)
+        indices = self.chosen["indices"]
+        check_enough(len(indices), rate)
+        self.loader = part_of(images, indices, augmented=False)
+        return part_of(images, sorted(set(range(total)) - set(indices)))
 
 
 def choose_held_out(images: int, rate: float, share: float, seed: int) -> list[int]:
@@ -94,7 +185,37 @@ def part_of(loader: DataLoader, indices: Sequence[int], augmented: bool = True) 
     )
 
 
-def given_images(folder: str) -> DataLoader:
+def _why_not_f1(data: AnomalibDataModule) -> str | None:
+    """Why thresholds that maximise F1 on the validation images would not be sound, if that is so.
+
+    Args:
+        data: What is trained on, after its set-up.
+
+    Returns:
+        Half a sentence, or ``None``.
+    """
+    if getattr(data, "val_split_mode", None) == ValSplitMode.SAME_AS_TEST:
+        return "The validation images of these data are the test images"
+    validation = getattr(data, "val_data", None)
+    if validation is None:
+        return "There is no validation image"
+    # Data sets of videos do not say.
+    return None if getattr(validation, "has_anomalous", True) else "No validation image shows a defect"
+
+
+def _good_validation_images(data: AnomalibDataModule) -> int:
+    """How many validation images can set thresholds: all, if none shows a defect and none is tested on.
+
+    Args:
+        data: What is trained on, after its set-up.
+    """
+    validation = getattr(data, "val_data", None)
+    if validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
+        return 0
+    return 0 if getattr(validation, "has_anomalous", True) else len(validation)
+
+
+def _given_images(folder: str) -> DataLoader:
     """A loader of a folder's images, one by one in their own sizes.
 
     Args:
