@@ -136,7 +136,7 @@ def publish(name: str, table: Table, report: dict, output: Path) -> None:
     report = {"machine": describe_machine(torch.get_num_threads()), **report}
     (output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     with (output / f"{name}.md").open("w") as file:
-        Console(file=file, width=160).print(table)
+        Console(file=file, width=1000).print(table)  # no cell may be broken: Markdown knows no lines within one
     Console(width=160).print(table)
     print(f"Results are in {output.resolve()}.")
 

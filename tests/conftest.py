@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Two processes run the tests. If each computed in several threads, they would wait for each other most of the time.
@@ -58,6 +60,14 @@ def trained(textures: Textures, tmp_path_factory: pytest.TempPathFactory) -> Cfl
     model = CflowPlugin(**QUICK, epochs=2, steps_per_epoch=5)
     make_engine(tmp_path_factory.mktemp("trained")).fit(model, datamodule=textures)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def export(trained: CflowPlugin, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``export((64, 64))`` and ``export(None)`` give the trained model's OpenVINO file, each made once."""
+    return functools.cache(
+        lambda input_size: trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=input_size)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import sysconfig
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data.datasets.image.mvtecad import CATEGORIES
 
+from cflow_plugin.cli import main
 from cflow_plugin.encoder import BACKBONES
 
 from .conftest import ROOT, run_command
@@ -66,11 +68,12 @@ def holds(understood, given):
 
 
 @pytest.mark.parametrize("path", OURS, ids=name_of)
-def test_every_config_of_our_commands_is_understood(path, tmp_path):
+def test_every_config_of_our_commands_is_understood(path, capsys):
     given = yaml.safe_load(path.read_text())
     data = ["--data", "[{name: MVTecAD}]"] if path.parent.name == "compare" and "data" not in given else []
-    out = run_command("cflow-plugin", path.parent.name, "--config", path, *data, "--print_config", cwd=tmp_path)
-    assert holds(yaml.safe_load(out), given)
+    with pytest.raises(SystemExit):
+        main([path.parent.name, "--config", str(path), *data, "--print_config"])
+    assert holds(yaml.safe_load(capsys.readouterr().out), given)
 
 
 def test_a_config_for_each_category_at_the_paper_s_resolution(parse):
@@ -166,8 +169,13 @@ def test_benchmark(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_explain_themselves(path, tmp_path):
-    out = run_command("python", path, "--help", cwd=tmp_path)
+def test_benchmarks_explain_themselves(path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(path), "--help"])
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
     assert f"usage: {path.name}" in out
     assert "No help" not in out
 

@@ -119,8 +119,8 @@ def train(root: Path) -> CflowPlugin:
 
 
 @pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    return trained.to_openvino(tmp_path_factory.mktemp("exported"))
+def exported(export):
+    return export(None)
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def test_bad_tables_are_refused(tmp_path, text, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_compared(tmp_path, trained):
+def test_what_cannot_be_compared(tmp_path, export):
     good = write_scores(tmp_path / "good.csv", [0.1, 0.2])
     (tmp_path / "damaged.ckpt").write_bytes(b"nothing")
     (tmp_path / "damaged.xml").write_bytes(b"nothing")
@@ -181,6 +181,6 @@ def test_what_cannot_be_compared(tmp_path, trained):
             monitor(tmp_path / recent, tmp_path / reference, output=tmp_path / "out")
     with pytest.raises(CflowError, match="error_rate"):
         monitor(good, good, error_rate=1.0)
-    without = trained.to_openvino(tmp_path, input_size=(64, 64))
+    without = export((64, 64))
     with pytest.raises(CflowError, match="target_false_alarm_rate"):
         monitor(good, without, output=tmp_path / "out")

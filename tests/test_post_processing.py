@@ -462,8 +462,8 @@ def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
     assert verdicts[0]["reference_images"] == 4
 
 
-def test_a_model_without_a_rate_exports_no_scores(trained, tmp_path):
-    assert held_out_scores(trained.to_openvino(tmp_path, input_size=(64, 64))) is None
+def test_a_model_without_a_rate_exports_no_scores(trained, export, tmp_path):
+    assert held_out_scores(export((64, 64))) is None
     assert held_out_scores(trained.to_onnx(tmp_path, input_size=(64, 64))) is None
 
 

@@ -18,8 +18,8 @@ from cflow_plugin.live.watch import watch
 
 
 @pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
-def exported(request, trained, tmp_path_factory):
-    return trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=request.param)
+def exported(request, export):
+    return export(request.param)
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ class _RankedArea(Metric):
             name = getattr(self, "name", type(self).__name__)
             bins = len(negatives) + len(positives)
             logger.info(
-                "%s of %.3g scores in %d bins: within %.1e of exact.", name, counts.sum(), bins, self.error_bound
+                "%s of %.3g normal scores in %d bins: within %.1e of exact.", name, counts.sum(), bins, self.error_bound
             )
         return torch.tensor(area.value, dtype=torch.float64)
 
