@@ -165,7 +165,8 @@ def _equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> boo
 def _weights(folder: Path) -> dict[str, np.ndarray]:
     [file] = {path.resolve() for path in folder.glob("results/CflowPlugin/*/*/latest/weights/lightning/model.ckpt")}
     state = torch.load(file, weights_only=True)["state_dict"]
-    return {name: value.numpy() for name, value in state.items()}
+    metrics = json.loads((file.parents[2] / "metrics.json").read_text())
+    return {name: np.asarray(value) for name, value in {**state, **metrics}.items()}
 
 
 def _last_checkpoint(folder: Path) -> list[str]:

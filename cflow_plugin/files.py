@@ -2,6 +2,7 @@
 
 __all__ = ["arriving", "remove_unfinished", "replacing"]
 
+import errno
 import glob
 import os
 import shutil
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_FULL = 2**20  # bytes: what a writer's buffer may leave of a disk that is full
 
 
 @contextmanager
@@ -40,6 +43,9 @@ def arriving(folder: Path, last: str) -> Iterator[Path]:
     Args:
         folder: Where they are wanted; it must be there.
         last: Name of the file that the others are found by.
+
+    Raises:
+        OSError: If the disk is full, whatever the library that writes the files makes of it.
     """
     remove_unfinished(folder / last)
     passing = folder / f".{last}.{uuid.uuid4().hex[:8]}.partial"
@@ -50,6 +56,10 @@ def arriving(folder: Path, last: str) -> Iterator[Path]:
         (folder / last).unlink(missing_ok=True)
         for file in files:
             os.replace(file, folder / file.name)
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(folder).free < _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from cflow_plugin.checkpoints import CheckpointFiles
 from cflow_plugin.files import arriving, replacing
 
 from .conftest import QUICK, make_engine, run_command
+from .test_training import StopAfter
 
 
 def changed(checkpoint, target, **entries):
@@ -176,14 +177,54 @@ def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     [last] = {path.resolve() for path in found}
     assert CheckpointFiles().load_checkpoint(last)["epoch"] < 19
     run_command(*command, "--ckpt_path", last, cwd=folders[1])
-    states = []
+    states, metrics = [], []
     for folder in folders:
         [path] = folder.glob("results/CflowPlugin/Textures/weave/latest/weights/lightning/model.ckpt")
         states.append(torch.load(path, weights_only=True)["state_dict"])
+        metrics.append((path.parents[2] / "metrics.json").read_text())
+    assert metrics[0] == metrics[1]
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
     assert not list(folders[1].rglob("*.partial"))
+
+
+def test_what_was_trained_is_tested(textures, tmp_path):
+    """anomalib's ``Engine.train`` would test the checkpoint that training went on from."""
+    settings = {**QUICK, "steps_per_epoch": 10, "visualizer": False}
+    make_engine(tmp_path / "begun", callbacks=[StopAfter(1)]).fit(
+        CflowPlugin(**settings, epochs=3, target_false_alarm_rate=0.25), datamodule=textures
+    )
+    [last] = (tmp_path / "begun").rglob("last.ckpt")
+    model, engine = CflowPlugin(**settings, epochs=3, target_false_alarm_rate=0.25), make_engine(tmp_path / "run")
+    [metrics] = engine.train(model, datamodule=textures, ckpt_path=last)
+    [checkpoint] = {path.resolve() for path in (tmp_path / "run").rglob("model.ckpt")}
+    trained = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, trained[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    fresh = CflowPlugin.load_from_checkpoint(checkpoint)
+    [expected] = make_engine(tmp_path / "test").test(fresh, datamodule=textures)
+    assert metrics == pytest.approx(expected)
+    # Asked for by name, the older state is tested.
+    engine.test(model, datamodule=textures, ckpt_path=last)
+    before = torch.load(last, weights_only=True)["state_dict"]
+    name = next(name for name in before if "subnet" in name)
+    assert torch.equal(model.state_dict()[name], before[name])
+    assert not torch.equal(before[name], trained[name])
+
+
+def test_a_run_that_goes_on_needs_no_weights_file(textures, tmp_path):
+    settings = {"backbone": "resnet18", "layers": ["layer1"], "image_size": (64, 64), "coupling_blocks": 1, "epochs": 2}
+    settings |= {"steps_per_epoch": 2, "visualizer": False}
+    begun = CflowPlugin(**settings, pre_trained=False)
+    make_engine(tmp_path / "begun", callbacks=[StopAfter(1)]).fit(begun, datamodule=textures)
+    [last] = (tmp_path / "begun").rglob("last.ckpt")
+    model = CflowPlugin(**settings, weights="absent.pth")
+    make_engine(tmp_path / "run").fit(model, datamodule=textures, ckpt_path=last)
+    for name, value in begun.model.encoder.state_dict().items():
+        assert torch.equal(model.model.encoder.state_dict()[name], value), name
+    with pytest.raises(CflowError, match="no weights file"):
+        make_engine(tmp_path / "new").fit(CflowPlugin(**settings, weights="absent.pth"), datamodule=textures)
 
 
 def test_a_run_resumed_after_its_last_epoch_leaves_a_model(textures, tmp_path):
