@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from cflow_plugin.telemetry import switch_off_telemetry
 
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
@@ -203,9 +204,7 @@ def run_cell(cell: Cell, job: Job) -> dict[str, Any]:
     Returns:
         A row of results: metrics, seconds, memory and sizes.
     """
-    # NNCF reports its use over the network by a process that it starts while this one is still importing OpenCV, whose
-    # passing change of the import path makes that process fail with a stack trace now and then.
-    sys.modules.setdefault("openvino_telemetry", None)
+    switch_off_telemetry()  # of a Ray worker: others have done so when they started
     import torch
     from anomalib.engine import Engine
     from lightning import seed_everything

@@ -23,6 +23,7 @@ from cflow_plugin.comparison.report import write_report
 from cflow_plugin.encoder import Encoder
 from cflow_plugin.errors import CflowError, explain
 from cflow_plugin.files import replacing
+from cflow_plugin.telemetry import switch_off_telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _run(cells: list[Cell], job: Job, announce: Callable[[Cell], None]) -> Itera
     for cell in cells:
         announce(cell)
         try:
-            with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), switch_off_telemetry) as executor:
                 yield cell, executor.submit(run_cell, cell, job).result()
         except BrokenProcessPool:
             yield cell, "its process died, probably for lack of memory."
