@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, of something else or cannot be written."""
 
+import errno
 import logging
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +137,15 @@ def test_files_that_belong_together_arrive_together(tmp_path):
         seen = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
     assert seen == ["model.bin", "model.xml"]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.xml": "new", "model.bin": "new"}
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1000, OSError), (10**9, RuntimeError)])
+def test_a_full_disk_is_named_whatever_a_library_says(tmp_path, monkeypatch, free, expected):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(expected) as caught, arriving(tmp_path, "model.xml"):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    assert (caught.value.args[0] == errno.ENOSPC) == (expected is OSError)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_path, monkeypatch):
