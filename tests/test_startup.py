@@ -98,3 +98,7 @@ def test_the_file_is_one_line_that_cannot_raise():
     assert len(text.splitlines()) == 1
     assert text.startswith("import ")
     assert Path(ROOT / "cflow_plugin.pth").stat().st_size < 200
+
+
+def test_the_security_notes_quote_the_line_that_is_installed():
+    assert f"```python\n{(ROOT / 'cflow_plugin.pth').read_text().strip()}\n```" in (ROOT / "SECURITY.md").read_text()
