@@ -85,9 +85,9 @@ def share_of_batch(batch: VectorBatch, rank: int, processes: int) -> VectorBatch
         rank: Number of the process.
         processes: How many there are.
     """
-    if processes == 1 or len(batch.vectors[0]) < processes:
-        return batch
     images = len(batch.vectors[0])
+    if processes == 1 or images < processes:
+        return batch
     return VectorBatch(
         [vectors[rank::processes] for vectors in batch.vectors],
         batch.positions,

@@ -209,7 +209,7 @@ class CflowPlugin(AnomalibModule):
             position_correction=position_correction,
         )
         self._encoder_is_loaded = False
-        self._is_trained = False
+        self._training_has_begun = False
         self._calibrated_step = -1
         self._seed: int | None = None
         self._continued_from: str | Path | None = None
@@ -292,14 +292,14 @@ class CflowPlugin(AnomalibModule):
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
         if isinstance(self.post_processor, PostProcessor):
-            self._held_out.choose_rate(self.post_processor, self.trainer, len(images.dataset), self._is_trained)
+            self._held_out.choose_rate(self.post_processor, self.trainer, len(images.dataset), self._training_has_begun)
         if not self._decides_by_rate:
             return images
         # Thresholds of an earlier training would not fit the weights that are saved from now on.
         self.post_processor.forget()
         rate = self.post_processor.target_false_alarm_rate
         data = self.trainer.datamodule
-        return self._held_out.take_from(images, data, rate, self._training_seed(), self._is_trained)
+        return self._held_out.take_from(images, data, rate, self._training_seed(), self._training_has_begun)
 
     def _training_seed(self) -> int:
         if self._seed is None:
@@ -339,6 +339,7 @@ class CflowPlugin(AnomalibModule):
             continued_from, self._continued_from = self._continued_from, None
             if continued_from == self.trainer.ckpt_path:
                 # anomalib's `Engine.train` tests what it was given to go on from; wanted is what came of it.
+                logger.info("Testing the model as trained, and not %s, which it went on from.", continued_from)
                 checkpoint["state_dict"] = self.state_dict()
                 checkpoint.pop("callbacks", None)  # the post-processor is one, and its thresholds are there, too
                 return
@@ -349,7 +350,7 @@ class CflowPlugin(AnomalibModule):
         check_weights(checkpoint["state_dict"], weights)
         self._seed = checkpoint.get("cflow_plugin_seed")
         self._held_out.chosen = checkpoint.get("cflow_plugin_held_out")
-        self._encoder_is_loaded = self._is_trained = True
+        self._encoder_is_loaded = self._training_has_begun = True
 
     def _become(self, settings: Mapping[str, Any]) -> None:
         """Build the model anew if a checkpoint was made with other settings: its weights and thresholds need them."""
@@ -383,11 +384,11 @@ class CflowPlugin(AnomalibModule):
             self._bank = None  # two at once may be more than the memory holds
             self._bank = self._fill_bank(images, torch.Generator().manual_seed(seed))
         bank = self._bank
-        if not self._is_trained:
+        if not self._training_has_begun:
             if self.whiten:
                 for decoder, features in zip(self.model.decoders, bank.features, strict=True):
                     decoder.whitening.fit(features.flatten(0, 1))
-            self._is_trained = True
+            self._training_has_begun = True
         cells = [height * width for height, width in bank.sizes]
         vectors = [max(1, self.vectors_per_step * count // cells[0]) for count in cells]
         generator = torch.Generator().manual_seed(seed + 1 + epoch)

@@ -14,7 +14,7 @@ from .conftest import run_command
 @pytest.mark.long
 def test_the_command(tmp_path):
     config = {
-        "models": ["CflowPlugin"],
+        "models": ["CflowPlugin", "encoder"],
         "backbones": ["resnet18"],
         "sizes": [64],
         "runtimes": ["torch", "openvino", "onnxruntime", "openvino-gpu"],
@@ -27,7 +27,7 @@ def test_the_command(tmp_path):
     report = json.loads((tmp_path / "out/speed.json").read_text())
     timed = {(row["model"], row["runtime"], row["precision"]) for row in report["rows"]}
     runs = [("torch", "f32"), ("openvino", "f32"), ("openvino", "int8"), ("onnxruntime", "f32")]
-    assert timed == {("CflowPlugin", *run) for run in runs}
+    assert timed == {(model, *run) for model in ("CflowPlugin", "encoder") for run in runs}
     for row in report["rows"]:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["peak_memory_mb"] > 50

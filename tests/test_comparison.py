@@ -290,3 +290,28 @@ def test_models_share_the_encoder(tmp_path):
     for name, features in source.model.encoder.network(images).items():
         torch.testing.assert_close(padim[name], features)
         torch.testing.assert_close(cflow[name], features)
+
+
+REPORT = """
+import sys
+
+
+def look(cell, job):
+    from nncf.telemetry import wrapper
+
+    return type(wrapper.telemetry).__name__
+
+
+if __name__ == "__main__":
+    import cflow_plugin.comparison
+
+    module = sys.modules["cflow_plugin.comparison.compare"]
+    module.run_cell = look
+    [(_, found)] = module._run([None], None, lambda _: None)
+    print(found)
+"""
+
+
+def test_nncf_reports_nothing_from_a_cell_s_process(tmp_path):
+    (tmp_path / "report.py").write_text(REPORT)
+    assert run_command("python", "report.py", cwd=tmp_path, PYTHONWARNINGS="ignore").splitlines()[-1] == "MagicMock"

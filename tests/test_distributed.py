@@ -31,7 +31,6 @@ def config_file(folder: Path) -> str:
         },
         "trainer": {"accelerator": "cpu", "logger": False},
     }
-    # The seed is what makes the two runs equal: anomalib's own command line forgets it.
     (folder / "train.yaml").write_text(yaml.safe_dump(config))
     return "train.yaml"
 
@@ -58,6 +57,18 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert other_metrics == pytest.approx(metrics, abs=1e-5)
     assert other_files == files
     assert sum(file.endswith(".png") for file in files) == 9
+
+
+@pytest.mark.long
+def test_anomalib_s_command_line_keeps_the_seed(tmp_path):
+    name = config_file(tmp_path)
+    for folder in ("first", "second"):
+        run_command("anomalib", "train", "--config", name, "--default_root_dir", folder, cwd=tmp_path)
+    other = ["--default_root_dir", "third", "--seed_everything", "4"]
+    run_command("anomalib", "train", "--config", name, *other, cwd=tmp_path)
+    first, second, third = (results_of(tmp_path / folder)[0] for folder in ("first", "second", "third"))
+    assert all(torch.equal(first[key].nan_to_num(), second[key].nan_to_num()) for key in first)
+    assert not all(torch.equal(first[key].nan_to_num(), third[key].nan_to_num()) for key in first)
 
 
 @pytest.mark.parametrize(("images", "processes"), [(8, 2), (7, 3), (2, 4), (5, 1)])

@@ -69,7 +69,9 @@ def test_gradient_reaches_every_parameter():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in flow.parameters())
 
 
-def test_whitening_makes_unit_covariance():
+@pytest.mark.parametrize("at_once", [65_536, 999])
+def test_whitening_makes_unit_covariance(monkeypatch, at_once):
+    monkeypatch.setattr("cflow_plugin.flow._VECTORS_AT_ONCE", at_once)
     vectors = torch.randn(5000, 3) @ torch.tensor([[2.0, 0, 0], [1, 0.5, 0], [0, 1, 3]]) + 7
     whitening = Whitening([(3,)], shrinkage=0.0)
     whitening.fit(vectors)

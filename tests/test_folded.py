@@ -50,16 +50,9 @@ def test_folded_equals_unfolded(dimensions, condition_dims, permutation, whiten,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("backbone", "condition_dims", "dtype", "tolerance"),
-    [
-        *((backbone, 128, torch.float32, 1e-5) for backbone in BACKBONES),
-        ("resnet18", 0, torch.float32, 1e-5),
-        ("mobilenetv3_large_100", 128, torch.float64, 1e-10),
-        ("gabor", 0, torch.float64, 1e-10),
-        ("gabor", 128, torch.float64, 1e-10),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("condition_dims", [0, 128])
+@pytest.mark.parametrize("backbone", [*BACKBONES, "gabor"])
 def test_the_model_s_two_forms_are_equal(backbone, condition_dims, dtype, tolerance):
     torch.manual_seed(0)
     model = CflowModel(backbone, condition_dims=condition_dims, coupling_blocks=2).to(dtype)

@@ -53,14 +53,16 @@ class HeldOutImages:
         self.loader: DataLoader | None = None
         self.chosen: dict[str, Any] | None = None
 
-    def choose_rate(self, post_processor: PostProcessor, trainer: Trainer, images: int, is_trained: bool) -> None:
+    def choose_rate(
+        self, post_processor: PostProcessor, trainer: Trainer, images: int, training_has_begun: bool
+    ) -> None:
         """Take a false-alarm rate where thresholds that maximise F1 on the validation images would not be sound.
 
         Args:
             post_processor: Takes the rate, unless it has one.
             trainer: Its data are judged; where their validation is switched off, nothing is done.
             images: Number of training images.
-            is_trained: Whether the model has seen all of them already.
+            training_has_begun: Whether the model may have seen all of them already.
         """
         data = trainer.datamodule
         validation_is_off = not trainer.limit_val_batches and hasattr(data, "val_data")
@@ -71,7 +73,7 @@ class HeldOutImages:
         if self._may_choose_rate and (
             self._folder is not None
             or (reason and _good_validation_images(data) >= needed)
-            or (reason and images >= 2 * needed and not is_trained)
+            or (reason and images >= 2 * needed and not training_has_begun)
         ):
             logger.info(
                 "%s; thresholds are set for a false-alarm rate of %g (--model.target_false_alarm_rate).",
@@ -89,7 +91,7 @@ class HeldOutImages:
             )
 
     def take_from(
-        self, images: DataLoader, data: AnomalibDataModule | None, rate: float, seed: int, is_trained: bool
+        self, images: DataLoader, data: AnomalibDataModule | None, rate: float, seed: int, training_has_begun: bool
     ) -> DataLoader:
         """Set images aside.
 
@@ -98,7 +100,7 @@ class HeldOutImages:
             data: Where they are from, or ``None``.
             rate: False-alarm rate to be kept.
             seed: Seed of the choice.
-            is_trained: Whether the model has seen all training images already.
+            training_has_begun: Whether the model may have seen all of them already, where none was held out.
 
         Returns:
             Loader of the images to train on.
@@ -116,7 +118,7 @@ class HeldOutImages:
             self.loader = data.val_dataloader()
             return images
         if self.chosen is None:
-            if is_trained:
+            if training_has_begun:
                 msg = (
                     "This model has been trained on all training images, so none is left for a false-alarm rate. Train "
                     "anew with target_false_alarm_rate, or name other good images with --model.held_out_images."
