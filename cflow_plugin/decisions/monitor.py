@@ -198,6 +198,7 @@ def _plot(
     below.plot(evidence, color="C0", label="evidence of a change")
     below.axhline(limit, color="C3", linestyle="--", label=f"alarm, error rate {10**-limit:g}")
     below.set(xlabel="image", ylabel="log10 of the capital")
+    below.xaxis.get_major_locator().set_params(integer=True)
     for axes in (above, below):
         if alarm is not None:
             axes.axvline(alarm, color="C3", linewidth=1)
