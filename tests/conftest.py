@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,14 @@ SHARED = Path(os.environ.get("CFLOW_SHARED", ROOT.parent / "shared"))
 
 # A model that trains in seconds: few cells, short vectors, no download.
 QUICK = {"backbone": "gabor", "layers": ["scale1", "scale2"], "image_size": (64, 64), "coupling_blocks": 2}
+
+ROOM = 2 * 2**30  # bytes that the tests may need at a time
+
+
+def pytest_sessionstart() -> None:
+    folder = tempfile.gettempdir()
+    if shutil.disk_usage(folder).free < ROOM:
+        pytest.exit(f"The tests need {ROOM / 2**30:.0f} GiB of disk in {folder}; or set TMPDIR.", returncode=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
