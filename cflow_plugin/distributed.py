@@ -1,7 +1,8 @@
-"""What several processes (Lightning's DDP) have to agree on: one folder of results, and each test image scored once."""
+"""What several processes (Lightning's DDP) have to agree on: one folder and log, and each test image scored once."""
 
-__all__ = ["score_every_image_once", "share_of_batch", "share_results_folder"]
+__all__ = ["let_first_process_speak", "score_every_image_once", "share_of_batch", "share_results_folder"]
 
+import logging
 import os
 from contextlib import suppress
 from copy import copy
@@ -12,6 +13,16 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
 from cflow_plugin.feature_bank import VectorBatch
+
+
+def let_first_process_speak(trainer: Trainer) -> None:
+    """Keep the other processes from logging the same once more; their errors end the run as before.
+
+    Args:
+        trainer: The trainer, being set up.
+    """
+    if not trainer.is_global_zero:
+        logging.getLogger(__package__).setLevel(logging.ERROR)
 
 
 def share_results_folder(trainer: Trainer) -> None:

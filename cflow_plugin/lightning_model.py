@@ -41,7 +41,12 @@ from cflow_plugin.checkpoints import (
 )
 from cflow_plugin.decisions.held_out import HeldOutImages, part_of
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
-from cflow_plugin.distributed import score_every_image_once, share_of_batch, share_results_folder
+from cflow_plugin.distributed import (
+    let_first_process_speak,
+    score_every_image_once,
+    share_of_batch,
+    share_results_folder,
+)
 from cflow_plugin.encoder import Padding
 from cflow_plugin.errors import CflowError
 from cflow_plugin.evaluation import CflowEvaluator, write_metrics
@@ -250,6 +255,7 @@ class CflowPlugin(AnomalibModule):
 
     def setup(self, stage: str) -> None:
         """Load the encoder's weights and arrange for training on feature vectors."""
+        let_first_process_speak(self.trainer)
         share_results_folder(self.trainer)
         use_checkpoint_files(self.trainer)
         score_every_image_once(self.trainer, stage)

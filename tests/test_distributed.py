@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     name = config_file(tmp_path)
     run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path)
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    run_command("anomalib", "train", "--config", name, "--default_root_dir", "two", *ddp, cwd=tmp_path)
+    said = run_command("anomalib", "train", "--config", name, "--default_root_dir", "two", *ddp, cwd=tmp_path)
+    assert len(re.findall(r"- INFO - Extracting the features of \d+ training images", said)) == 1
     weights, metrics, files = results_of(tmp_path / "one")
     others, other_metrics, other_files = results_of(tmp_path / "two")
     assert others.keys() == weights.keys()
