@@ -1,8 +1,12 @@
 import csv
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 from cflow_plugin import CflowError
 from cflow_plugin.cli import main
 from cflow_plugin.data.textures import draw
+from cflow_plugin.errors import explain
 from cflow_plugin.live.timeline import Smoother
 from cflow_plugin.live.watch import watch
 
@@ -62,7 +67,7 @@ def test_a_folder(exported, trained, pictures, tmp_path):
             expected = trained(torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1)[None] / 255)
         assert float(row["score"]) == pytest.approx(expected.pred_score.item(), abs=1e-4)
         assert int(row["anomalous"]) == expected.pred_label.item()
-        overlay = cv2.imdecode(np.fromfile(tmp_path / "out" / name, np.uint8), cv2.IMREAD_COLOR)
+        overlay = cv2.imdecode(np.fromfile(tmp_path / "out/overlays" / name, np.uint8), cv2.IMREAD_COLOR)
         assert overlay.shape == picture.shape
 
 
@@ -73,8 +78,92 @@ def test_a_video(exported, tmp_path):
     film.release()
     watch(exported, str(tmp_path / "film.avi"), tmp_path / "out", limit=4)
     assert list(read_scores(tmp_path / "out")) == ["000000", "000001", "000002", "000003"]
-    overlay = cv2.VideoCapture(str(tmp_path / "out" / "overlay.mp4"))
+    overlay = cv2.VideoCapture(str(tmp_path / "out" / "overlay.avi"))
     assert overlay.get(cv2.CAP_PROP_FRAME_COUNT) == 4
+
+
+def test_overlays_of_images_that_differ_by_their_suffix(exported, pictures, tmp_path):
+    picture = cv2.imdecode(np.fromfile(pictures / "a.png", np.uint8), cv2.IMREAD_COLOR)
+    for name in ("a.jpg", "a.BMP", "score_over_time.png"):
+        cv2.imwrite(str(pictures / name), picture)
+    watch(exported, str(pictures), tmp_path / "out")
+    overlays = {str(path.relative_to(tmp_path / "out/overlays")) for path in (tmp_path / "out/overlays").rglob("*.*")}
+    assert overlays == {"a.png", "a.jpg.png", "a.BMP.png", "score_over_time.png", "deeper/ü.png"}
+
+
+def test_an_earlier_run_s_table_is_kept(exported, clip, tmp_path):
+    watch(exported, str(clip[0]), tmp_path / "out", overlays=False, limit=7)
+    watch(exported, str(clip[0]), tmp_path / "out", overlays=False, limit=2)
+    watch(exported, str(clip[0]), tmp_path / "out", overlays=False)
+    tables = sorted((tmp_path / "out").glob("scores*.csv"), key=lambda path: path.stat().st_mtime)
+    assert [len(path.read_text().splitlines()) - 1 for path in tables] == [7, 2, 12]
+    assert tables[-1].name == "scores.csv"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("file", ["overlays/a.png", "score_over_time.png"])
+def test_a_full_disk(exported, pictures, tmp_path, monkeypatch, file):
+    full = tmp_path / "out" / file
+    full.parent.mkdir(parents=True)
+    if file.endswith("a.png"):
+        full.symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr("cflow_plugin.live.score_plot.replacing", lambda _: nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError, match="No space left") as caught:
+        watch(exported, str(pictures), tmp_path / "out")
+    assert "Free some space" in explain(caught.value)
+    assert "a.png" in (tmp_path / "out/scores.csv").read_text()
+
+
+def test_a_camera_that_is_lost(exported, tmp_path, monkeypatch):
+    film = str(tmp_path / "film.avi")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
+    for shade in range(5):
+        writer.write(np.full((60, 80, 3), 40 * shade, np.uint8))
+    writer.release()
+    opened = cv2.VideoCapture(film)  # gives five images, and then none
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: {7: opened}[source])
+    with pytest.raises(CflowError, match="Camera 7 gave no more images after 5"):
+        watch(exported, "7", tmp_path / "out")
+    assert len(read_scores(tmp_path / "out")) == 5
+    assert (tmp_path / "out/score_over_time.png").is_file()
+
+
+def test_a_video_that_is_cut_off(exported, tmp_path, caplog):
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
+    for image in np.random.default_rng(2).integers(0, 255, (20, 60, 80, 3), dtype=np.uint8):
+        writer.write(image)
+    writer.release()
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        watch(exported, str(film), tmp_path / "out", overlays=False)
+    scored = len(read_scores(tmp_path / "out"))
+    assert 5 < scored < 20
+    assert f"ends after {scored} frames, though its header speaks of 20" in caplog.text
+
+
+def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
+    film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (320, 240))
+    for image in np.random.default_rng(3).integers(0, 255, (10, 240, 320, 3), dtype=np.uint8):
+        for _ in range(100):
+            film.write(image)
+    film.release()
+    out = tmp_path / "out"
+    program = Path(sys.executable).parent / "cflow-plugin"
+    process = subprocess.Popen(
+        [program, "watch", "--model", exported, "--source", tmp_path / "film.avi", "--output", out]
+    )
+    try:
+        while process.poll() is None and (len(read_scores(out)) if (out / "scores.csv").exists() else 0) < 200:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -9
+    overlay, frames = cv2.VideoCapture(str(out / "overlay.avi")), 0
+    while overlay.read()[0]:
+        frames += 1
+    assert frames > 100  # FFmpeg holds some back
 
 
 def test_a_damaged_image_costs_only_itself(exported, pictures, tmp_path):
@@ -167,7 +256,7 @@ def test_a_video_longer_than_its_truth(exported, tmp_path, caplog):
     assert [float(row["time"]) for row in rows] == pytest.approx(np.arange(6) / 10)
     expected = roc_auc_score([0, 1, 0, 1], [float(row["score"]) for row in rows[:4]])
     assert json.loads((tmp_path / "out/metrics.json").read_text())["frame_AUROC"] == pytest.approx(expected)
-    assert cv2.VideoCapture(str(tmp_path / "out/overlay.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    assert cv2.VideoCapture(str(tmp_path / "out/overlay.avi")).get(cv2.CAP_PROP_FPS) == pytest.approx(10)
 
 
 def test_metrics_of_an_earlier_run_do_not_stay(exported, clip, tmp_path, caplog):

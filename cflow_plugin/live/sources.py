@@ -1,7 +1,8 @@
 """Where images come from when there is no data set: a folder, a video or a camera."""
 
-__all__ = ["Frame", "Source", "natural_order", "open_source"]
+__all__ = ["CameraLost", "Frame", "Source", "natural_order", "open_source"]
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -13,6 +14,12 @@ import numpy as np
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.image_files import IMAGES, ImageFileError, read_image
+
+logger = logging.getLogger(__name__)
+
+
+class CameraLost(CflowError):
+    """A camera gives no more images."""
 
 
 class Frame(NamedTuple):
@@ -33,7 +40,7 @@ class Source(NamedTuple):
     """Images in their order.
 
     Attributes:
-        frames: The images, each read when it is asked for.
+        frames: The images, each read when it is asked for; a camera's have no end but :class:`CameraLost`.
         total: Their number, ``None`` where it is not known.
         is_film: Whether they are the frames of one video or camera, all of one size.
         rate: Frames a second where these are known to be evenly spaced.
@@ -89,22 +96,30 @@ def _open_film(source: str) -> Source:
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     rate = capture.get(cv2.CAP_PROP_FPS)
     rate = None if is_camera or not rate > 0 else rate
-    return Source(_film_frames(capture, rate), count if count > 0 else None, is_film=True, rate=rate)
+    total = count if count > 0 and not is_camera else None
+    return Source(_film_frames(capture, source, total, rate, is_camera), total, is_film=True, rate=rate)
 
 
-def _film_frames(capture: cv2.VideoCapture, rate: float | None) -> Iterator[Frame]:
+def _film_frames(
+    capture: cv2.VideoCapture, source: str, total: int | None, rate: float | None, is_camera: bool
+) -> Iterator[Frame]:
     index, start = 0, None
     try:
         while True:
             there, image = capture.read()
             if not there:
-                return
+                break
             now = time.monotonic()
             start = now if start is None else start
             yield Frame(f"{index:06d}", index / rate if rate else now - start, image)
             index += 1
     finally:
         capture.release()
+    if is_camera:
+        message = f"Camera {source} gave no more images after {index}, which are scored. Check its cable; start again."
+        raise CameraLost(message)
+    if total is not None and index < total:
+        logger.warning("%s ends after %d frames, though its header speaks of %d.", source, index, total)
 
 
 def _try_to_read(path: Path) -> np.ndarray | ImageFileError:

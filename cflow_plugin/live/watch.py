@@ -9,6 +9,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -22,14 +23,15 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.image_files import ImageFileError
 from cflow_plugin.live.exported import compile_exported
 from cflow_plugin.live.score_plot import plot_scores
-from cflow_plugin.live.sources import open_source
+from cflow_plugin.live.sources import CameraLost, open_source
 from cflow_plugin.live.timeline import Smoother, Truth, frame_auroc, read_truth
 
 logger = logging.getLogger(__name__)
 
 _RED, _GREEN = (60, 60, 230), (80, 180, 60)  # blue, green, red
 _FRAME_RATE_MEMORY = 0.9  # of the running mean, a frame
-_PLOT, _METRICS = "score_over_time.png", "metrics.json"
+_TABLE, _PLOT, _METRICS = "scores.csv", "score_over_time.png", "metrics.json"
+_FILM = "overlay.avi"  # can be played as far as it was written, where an .mp4 that was cut off is lost
 _ANOMALIB_THRESHOLD = 0.5  # where anomalib's normalisation of scores puts it
 
 
@@ -50,9 +52,10 @@ def watch(
     """Score images as they come, with an exported model.
 
     Each score goes to ``scores.csv`` in the output folder as soon as it is there (with its conformal p-value, where the
-    model was trained with a false-alarm rate), and pictures with the anomaly map over the image beside it: a picture
-    for each image of a folder, a video for a video or camera. At the end ``score_over_time.png`` shows all scores, and
-    with ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
+    model was trained with a false-alarm rate), and pictures with the anomaly map over the image beside it: in
+    ``overlays`` one for each image of a folder, or ``overlay.avi`` for a video or camera. An earlier run's table and
+    video are kept under the time at which it ended. At the end ``score_over_time.png`` shows all scores, and with
+    ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
@@ -85,11 +88,14 @@ def watch(
     output.mkdir(parents=True, exist_ok=True)
     for name in (_PLOT, _METRICS):  # an earlier run's, which would be taken for this one's
         (output / name).unlink(missing_ok=True)
+    for name in (_TABLE, _FILM):
+        _set_aside(output / name)
     unread: list[str] = []
+    lost: CameraLost | None = None
     history = _History()
     speed = 0.0
     with ExitStack() as stack:
-        file = stack.enter_context((output / "scores.csv").open("w", newline=""))
+        file = stack.enter_context((output / _TABLE).open("w", newline="", encoding="utf-8"))
         table = csv.writer(file)
         columns = ["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"]
         table.writerow([*columns, *(["p_value"] if good is not None else [])])
@@ -126,19 +132,21 @@ def watch(
                 if overlays and is_film:
                     if film is None:
                         film = cv2.VideoWriter(
-                            str(output / "overlay.mp4"),
-                            cv2.VideoWriter.fourcc(*"mp4v"),
+                            str(output / _FILM),
+                            cv2.VideoWriter.fourcc(*"XVID"),
                             rate or frame_rate,
                             picture.shape[1::-1],
                         )
                         stack.callback(film.release)
                     film.write(picture)
                 elif overlays:
-                    _write(output / Path(name).with_suffix(".png"), picture)
+                    _write(output / "overlays" / (name if name.lower().endswith(".png") else f"{name}.png"), picture)
                 if show and _shown(picture):
                     break
         except KeyboardInterrupt:
             logger.info("Ended by the user.")
+        except CameraLost as error:
+            lost = error
     count = len(history.scores)
     if count:
         history.report(output, smoothing > 0, _ANOMALIB_THRESHOLD if threshold is None else threshold, known)
@@ -146,6 +154,8 @@ def watch(
     if unread:
         message = f"{len(unread)} images could not be read ({', '.join(unread[:3])}…); all others are in scores.csv."
         raise CflowError(message)
+    if lost is not None:
+        raise lost
     if count == 0:
         message = f"There is no image in {source}."
         raise CflowError(message)
@@ -194,10 +204,17 @@ class _History:
         return words
 
 
+def _set_aside(path: Path) -> None:
+    """Keep what an earlier run, perhaps of weeks on a line, has written, under the time at which it ended."""
+    if path.exists():
+        end = datetime.fromtimestamp(path.stat().st_mtime)
+        path.rename(path.with_stem(f"{path.stem}_{end:%Y-%m-%d_%H-%M-%S-%f}"))
+
+
 def _write(path: Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _, data = cv2.imencode(path.suffix, picture)
-    data.tofile(path)
+    path.write_bytes(data)  # unlike NumPy's own writer it says when the disk is full
 
 
 def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, score: float, anomalous: bool, rate: float) -> np.ndarray:
