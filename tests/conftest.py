@@ -14,6 +14,9 @@ from pathlib import Path
 # Two processes run the tests. If each computed in several threads, they would wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
+import openvino  # noqa: E402
+import openvino.opset13 as opset  # noqa: E402
 import pytest  # noqa: E402
 from anomalib.engine import Engine  # noqa: E402
 from lightning import seed_everything  # noqa: E402
@@ -78,6 +81,20 @@ def export(trained: CflowPlugin, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return functools.cache(
         lambda input_size: trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=input_size)
     )
+
+
+@pytest.fixture(scope="session")
+def export_blind_to_black(export: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model's file, changed so that an all-black image gets NaN and every other its own score."""
+    model = openvino.Core().read_model(export((64, 64)))
+    brightness = opset.reduce_mean(model.input(0), np.array([0, 1, 2, 3]), keep_dims=False)
+    [result] = [result for result in model.get_results() if "pred_score" in result.output(0).get_names()]
+    changed = opset.add(result.input_value(0), opset.log(opset.divide(brightness, brightness)))
+    changed.output(0).set_names({"pred_score"})
+    result.input(0).replace_source_output(changed.output(0))
+    path = tmp_path_factory.mktemp("blind") / "model.xml"
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -238,7 +238,7 @@ def test_a_wrong_file_in_use_costs_only_itself(exported, tmp_path, caplog):
         assert pd.Series(row["error"]).str.contains(reason).all(), name
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(CflowError, match=f"{len(wrong)} images could not be read"),
+        pytest.raises(CflowError, match=f"{len(wrong)} images could not be scored"),
     ):
         watch(exported, str(folder), tmp_path / "watched", overlays=False)
     warnings = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]

@@ -88,6 +88,18 @@ def test_what_cannot_be_read_has_a_row_that_says_why(exported, pictures, tmp_pat
     assert whole == (folder / "0.BMP").read_bytes()
 
 
+def test_an_image_whose_score_is_not_a_number(export_blind_to_black, pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    cv2.imwrite(str(folder / "black.png"), np.zeros((64, 64, 3), np.uint8))
+    score(export_blind_to_black, str(folder), tmp_path / "out")
+    table = read(tmp_path / "out")
+    [wrong] = table.index[table["error"].notna()]
+    assert Path(wrong).name == "black.png"
+    assert "not a finite number" in table.loc[wrong, "error"]
+    assert table["score"].isna().sum() == table["anomalous"].isna().sum() == 1
+
+
 def test_nothing_but_damage(exported, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(CflowError, match="None of the 1 images"):

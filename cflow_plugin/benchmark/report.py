@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from cflow_plugin.files import replacing
 from cflow_plugin.published import CAPTIONS, published_table
 
 # What the paper's rows are called among the measured ones, so that both share a colour.
@@ -114,13 +115,14 @@ def write_report(report: dict, folder: Path) -> None:
     """
     rows = report["rows"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
-    with (folder / "speed.csv").open("w", newline="") as file:
+    with replacing(folder / "speed.json") as passing:
+        passing.write_text(json.dumps(report, indent=2) + "\n")
+    with replacing(folder / "speed.csv") as passing, passing.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["precision", *_COLUMNS, "runs"])
         writer.writeheader()
         writer.writerows(rows)
     machine = report["machine"]
-    with (folder / "speed.md").open("w") as file:
+    with replacing(folder / "speed.md") as passing, passing.open("w") as file:
         console = Console(file=file, width=400)
         console.print(
             f"{machine['processor']}, {machine['threads']} threads; {', '.join(machine['versions'].values())}"
@@ -131,7 +133,8 @@ def write_report(report: dict, folder: Path) -> None:
         console.print(_published())
         for line in left_out(report["left_out"]):
             console.print(line)
-    _plot(rows).savefig(folder / "speed.png", dpi=150)
+    with replacing(folder / "speed.png") as passing:
+        _plot(rows).savefig(passing, format="png", dpi=150)
 
 
 def _published() -> Table:

@@ -5,6 +5,7 @@ __all__ = ["watch"]
 import csv
 import json
 import logging
+import math
 import time
 from array import array
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rich.progress import Progress
 
 from cflow_plugin.decisions.held_out_scores import held_out_scores
 from cflow_plugin.errors import CflowError
+from cflow_plugin.files import replacing
 from cflow_plugin.image_files import ImageFileError
 from cflow_plugin.live.exported import compile_exported
 from cflow_plugin.live.score_plot import plot_scores
@@ -90,7 +92,7 @@ def watch(
         (output / name).unlink(missing_ok=True)
     for name in (_TABLE, _FILM):
         _set_aside(output / name)
-    unread: list[str] = []
+    unscored: list[str] = []
     lost: CameraLost | None = None
     history = _History()
     speed = 0.0
@@ -107,14 +109,18 @@ def watch(
                 if limit is not None and len(history.scores) >= limit:
                     break
                 if isinstance(frame, ImageFileError):
-                    unread.append(name)
+                    unscored.append(name)
                     logger.warning("%s It is left out.", frame)
                     continue
                 start = time.perf_counter()
                 result = compiled([frame[None]])
                 spent = time.perf_counter() - start
-                speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) / spent if history.scores else 1 / spent
                 score = float(result["pred_score"][0])
+                if not math.isfinite(score):
+                    unscored.append(name)
+                    logger.warning("%s has a score that is not a finite number. It is left out.", name)
+                    continue
+                speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) / spent if history.scores else 1 / spent
                 smoothed = smoother(moment, score)
                 if threshold is None and smoothing == 0:
                     anomalous = bool(result["pred_label"][0])
@@ -151,8 +157,10 @@ def watch(
     if count:
         history.report(output, smoothing > 0, _ANOMALIB_THRESHOLD if threshold is None else threshold, known)
     logger.info("%d images, %.1f a second at last; results are in %s.", count, speed, output.resolve())
-    if unread:
-        message = f"{len(unread)} images could not be read ({', '.join(unread[:3])}…); all others are in scores.csv."
+    if unscored:
+        message = (
+            f"{len(unscored)} images could not be scored ({', '.join(unscored[:3])}…); all others are in scores.csv."
+        )
         raise CflowError(message)
     if lost is not None:
         raise lost
@@ -200,7 +208,8 @@ class _History:
             metrics["frame_AUROC_smoothed"] = frame_auroc(np.asarray(smoothed)[judged], truth)
         words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         logger.info("%s (%d frames, %d of them anomalous)", words, len(truth), truth.sum())
-        (output / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        with replacing(output / _METRICS) as passing:
+            passing.write_text(json.dumps(metrics, indent=2) + "\n")
         return words
 
 
