@@ -21,6 +21,7 @@ from cflow_plugin.data import ShanghaiTechFrames
 from cflow_plugin.data.clips import compare_labels_with_masks, find_clips, read_mask
 from cflow_plugin.data.scenes import make_scenes
 from cflow_plugin.data.video_frames import extract_frames, extracted_frames
+from cflow_plugin.decisions.held_out import HeldOutImages
 
 from .conftest import ROOT, make_engine, run_command
 
@@ -204,6 +205,13 @@ def test_a_scene(root):
     assert seen == 24
 
 
+@pytest.mark.parametrize(("ratio", "held_out"), [(0.01, 1), (0.3, 1), (0.5, 2), (0.7, 2), (0.99, 2)])
+def test_as_many_videos_are_held_out_as_asked(root, ratio, held_out):
+    datamodule = make_scene(root, val_split_ratio=ratio)  # three videos, of which one must remain
+    assert datamodule.val_data.samples.video.nunique() == held_out
+    assert datamodule.train_data.samples.video.nunique() == 3 - held_out
+
+
 def test_nothing_of_the_test_frames_is_fitted_on_unless_asked(root):
     for video in (root / "training/videos").glob("*_00[23].avi"):
         video.unlink()
@@ -213,6 +221,23 @@ def test_nothing_of_the_test_frames_is_fitted_on_unless_asked(root):
     assert len(make_scene(root, val_split_mode="same_as_test").val_data) == 24
     with pytest.raises(CflowError, match="too few training frames"):
         make_scene(root, frame_step=14)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate", "words"),
+    [
+        ({}, 0.2, "5 good frames that set the thresholds are of 1 video,"),
+        ({"val_split_ratio": 0.6}, 0.2, "10 good frames that set the thresholds are of 2 videos,"),
+        ({"val_split_ratio": 0.6}, 0.4, None),  # of two videos a rate of 1 / 3 and more can be asked
+        ({"val_split_mode": "none"}, 0.2, "4 good frames that set the thresholds are of "),
+    ],
+)
+def test_thresholds_from_few_videos_are_warned_of(root, caplog, settings, rate, words):
+    datamodule = make_scene(root, **settings)
+    images = datamodule.train_dataloader()
+    HeldOutImages(0.2, None, may_choose_rate=False).take_from(images, datamodule, rate, 0, training_has_begun=False)
+    warnings = [record.message for record in caplog.records if "frames of one video are alike" in record.message]
+    assert (not warnings) if words is None else (words in warnings[0])
 
 
 def test_frames_are_taken_in_natural_order(root):

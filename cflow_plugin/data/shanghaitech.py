@@ -78,7 +78,7 @@ class ShanghaiTechFrames(AnomalibDataModule):
     its mask that of ``test_pixel_mask``; where the two contradict each other, a warning says how often.
 
     Nothing is fitted on test frames: by default some training videos are held out for validation. They show nothing
-    anomalous, so the decision threshold becomes the highest score among them.
+    anomalous, so decision thresholds come from the highest scores among them.
 
     Args:
         root: Folder of the data set.
@@ -224,7 +224,7 @@ class ShanghaiTechFrames(AnomalibDataModule):
         videos = samples.video.unique()
         if len(videos) > 1:
             count = min(len(videos) - 1, max(1, round(self.val_split_ratio * len(videos))))
-            chosen = np.linspace(0, len(videos) - 1, count + 2).round().astype(int)[1:-1]
+            chosen = (len(videos) * (np.arange(count) + 0.5) / count).astype(int)  # evenly spread, none twice
             held_out = samples.video.isin(videos[chosen]).to_numpy()
         else:
             count = max(1, round(self.val_split_ratio * len(samples)))

@@ -13,6 +13,7 @@ from anomalib.data import AnomalibDataModule, PredictDataset
 from anomalib.data.utils import ValSplitMode
 from anomalib.post_processing import PostProcessor
 from lightning import Trainer
+from pandas import DataFrame
 from torch.utils.data import DataLoader, Subset
 
 from cflow_plugin.decisions.conformal import check_enough, images_needed
@@ -115,6 +116,7 @@ class HeldOutImages:
             return images
         if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):
             logger.info("The thresholds come from the %d validation images, all good.", _good_validation_images(data))
+            _warn_of_few_videos(data.val_data.samples, rate)
             self.loader = data.val_dataloader()
             return images
         if self.chosen is None:
@@ -135,6 +137,8 @@ class HeldOutImages:
             raise CflowError(msg)
         indices = self.chosen["indices"]
         check_enough(len(indices), rate)
+        table = getattr(images.dataset, "samples", None)
+        _warn_of_few_videos(None if table is None else table.iloc[indices], rate)
         self.loader = part_of(images, indices, augmented=False)
         return part_of(images, sorted(set(range(total)) - set(indices)))
 
@@ -215,6 +219,29 @@ def _good_validation_images(data: AnomalibDataModule) -> int:
     if validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
         return 0
     return 0 if getattr(validation, "has_anomalous", True) else len(validation)
+
+
+def _warn_of_few_videos(frames: DataFrame | None, rate: float) -> None:
+    """Say so where held-out images are frames of too few videos: not frames but videos are exchangeable.
+
+    Args:
+        frames: The held-out images' rows in their data set's table, if there is one.
+        rate: False-alarm rate to be kept.
+    """
+    if frames is None or "video" not in frames:
+        return
+    videos, needed = frames.video.nunique(), images_needed(rate)
+    if videos < needed:
+        logger.warning(
+            "The %d good frames that set the thresholds are of %d video%s, and frames of one video are alike: in new "
+            "videos more than %g of the normal frames may be called anomalous. At least %d videos would have to be "
+            "held out to vouch for others.",
+            len(frames),
+            videos,
+            "s" * (videos > 1),
+            rate,
+            needed,
+        )
 
 
 def _given_images(folder: str) -> DataLoader:
