@@ -104,6 +104,15 @@ def test_a_vehicle_changes_its_mask_and_nothing_else(drawn):
     assert red[~masks].mean() < 0.01
 
 
+def test_test_frames_have_passed_through_the_videos_codec(drawn):
+    """Where nobody walks, training and test frames of a place are the same but for the camera's noise."""
+    train = [frame for path in sorted((drawn / "training/videos").glob("01_*")) for frame in read_video(path)]
+    test = [cv2.imread(str(path)) for path in sorted(drawn.glob("testing/frames/01_*/*.jpg"))]
+    train, test = (np.median(np.stack(frames), axis=0) for frames in (train, test))
+    top = np.s_[:10]  # the lawn above all heads
+    assert np.abs(train[top].mean((0, 1)) - test[top].mean((0, 1))).max() < 0.5
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"train_videos": 0}, "train_videos"), ({"width": 65}, "even"), ({"scenes": []}, "scenes"), ({}, "already")],

@@ -142,21 +142,30 @@ class _Place:
         cv2.ellipse(image, *whole, 0, 0, 360, colour, cv2.FILLED)
 
 
-def _write_video(path: Path, place: _Place, number: int, frames: int) -> None:
+def _write_video(path: Path, place: _Place, number: int, frames: int, with_vehicle: bool = False) -> list[NDArray]:
+    """Write a video and return its masks."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), _RATE, place.size[::-1])
     if not writer.isOpened():
         message = f"OpenCV could not write a video to {path}."
         raise CflowError(message)
-    for image, _ in place.film(number, frames, with_vehicle=False):
+    masks = []
+    for image, mask in place.film(number, frames, with_vehicle):
         writer.write(image)
+        masks.append(mask)
     writer.release()
+    return masks
 
 
 def _write_clip(testing: Path, name: str, place: _Place, number: int, frames: int) -> None:
     (testing / "frames" / name).mkdir()
-    masks = []
-    for index, (image, mask) in enumerate(place.film(number, frames, with_vehicle=True)):
-        (testing / "frames" / name / f"{index:03d}.jpg").write_bytes(cv2.imencode(".jpg", image)[1].tobytes())
-        masks.append(mask)
+    # By way of a video: had test frames not passed through the training videos' codec, that alone would set them apart.
+    video = testing / f"{name}.avi"
+    masks = _write_video(video, place, number, frames, with_vehicle=True)
+    capture = cv2.VideoCapture(str(video))
+    for index in range(frames):
+        encoded = cv2.imencode(".jpg", capture.read()[1])[1]
+        (testing / "frames" / name / f"{index:03d}.jpg").write_bytes(encoded.tobytes())
+    capture.release()
+    video.unlink()
     np.save(testing / "test_pixel_mask" / f"{name}.npy", np.array(masks, np.uint8))
     np.save(testing / "test_frame_mask" / f"{name}.npy", np.array([mask.any() for mask in masks], np.uint8))
