@@ -123,3 +123,25 @@ def run_command(*command: str | Path, cwd: Path, expect: int | None = 0, **envir
     if expect is not None:
         assert finished.returncode == expect, finished.stdout[-4000:]
     return finished.stdout
+
+
+def run_in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:
+    """Run a command in a mount namespace of its own, where a folder is a file system of that size."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare here")
+    script = f'mount -t tmpfs -o size={size} tmpfs {folder} && cd {folder} && exec "$@"'
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, command)], capture_output=True, text=True, timeout=600
+    )
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"a small file system cannot be made here: {result.stderr.strip()[:80]}")
+    return result
+
+
+def sentence_of(result: subprocess.CompletedProcess) -> str:
+    """The one sentence that a failed command ends in."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last

@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.checkpoints import CheckpointFiles
 from cflow_plugin.files import arriving, replacing
 
-from .conftest import QUICK, make_engine, run_command
+from .conftest import QUICK, make_engine, run_command, run_in_small_space, sentence_of
 from .test_training import StopAfter
 
 
@@ -252,38 +251,16 @@ def test_a_run_resumed_after_its_last_epoch_leaves_a_model(textures, tmp_path):
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def _in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:
-    """Run a command in a mount namespace of its own, where a folder is a file system of that size."""
-    if shutil.which("unshare") is None:
-        pytest.skip("there is no unshare here")
-    script = f'mount -t tmpfs -o size={size} tmpfs {folder} && cd {folder} && exec "$@"'
-    result = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, command)], capture_output=True, text=True, timeout=600
-    )
-    if "unshare" in result.stderr or "mount:" in result.stderr:
-        pytest.skip(f"a small file system cannot be made here: {result.stderr.strip()[:80]}")
-    return result
-
-
-def _sentence(result: subprocess.CompletedProcess) -> str:
-    """The one sentence that a failed command ends in."""
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
-
-
 @pytest.mark.long
-def test_a_full_disk_ends_training_in_a_sentence(textures, tmp_path):
+def test_a_full_disk_ends_training_in_asentence_of(textures, tmp_path):
     program = os.path.join(os.path.dirname(sys.executable), "anomalib")
-    result = _in_small_space(
+    result = run_in_small_space(
         tmp_path, "400k",
         [program, "train", "--model", "CflowPlugin", "--model.backbone", "gabor", "--model.epochs", "1",
          "--data", "Textures", "--data.root", textures.root, "--data.resolution", "64", "--data.train_good", "12",
          "--data.test_good", "4", "--data.test_defect", "1", "--data.val_good", "2", "--data.val_defect", "1"],
     )  # fmt: skip
-    sentence = _sentence(result)
+    sentence = sentence_of(result)
     assert "No space left on device" in sentence
     assert "Free some space" in sentence
 
@@ -292,11 +269,11 @@ def test_a_full_disk_ends_training_in_a_sentence(textures, tmp_path):
 def test_a_folder_that_cannot_be_written_to(textures, tmp_path):
     """Read-only for everybody, root too."""
     program = os.path.join(os.path.dirname(sys.executable), "anomalib")
-    result = _in_small_space(
+    result = run_in_small_space(
         tmp_path, "400k",
         ["sh", "-c", "mount -o remount,ro . && exec \"$@\"", "sh", program, "train", "--model", "CflowPlugin",
          "--model.backbone", "gabor", "--data", "Textures", "--data.root", textures.root],
     )  # fmt: skip
-    sentence = _sentence(result)
+    sentence = sentence_of(result)
     assert "Read-only file system" in sentence
     assert "--default_root_dir" in sentence

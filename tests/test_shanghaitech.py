@@ -23,7 +23,7 @@ from cflow_plugin.data.scenes import make_scenes
 from cflow_plugin.data.video_frames import extract_frames, extracted_frames
 from cflow_plugin.decisions.held_out import HeldOutImages
 
-from .conftest import ROOT, make_engine, run_command
+from .conftest import ROOT, make_engine, run_command, run_in_small_space, sentence_of
 
 FEW = {"train_videos": 3, "train_frames": 14, "test_clips": 2, "test_frames": 12, "width": 64, "height": 48}
 
@@ -123,6 +123,14 @@ def test_scenes_that_cannot_be_drawn(tmp_path, settings, words):
     with pytest.raises(CflowError, match=words):
         make_scenes(tmp_path / "scenes", **{**FEW, **settings})
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("size", ["200k", "600k", "1200k"])  # full in training videos, in test clips, in masks
+def test_scenes_on_a_full_disk(tmp_path, size):
+    program = os.path.join(os.path.dirname(sys.executable), "cflow-plugin")
+    sentence = sentence_of(run_in_small_space(tmp_path, size, [program, "make-scenes", "--output", "scenes"]))
+    assert "The scenes could not be written to scenes" in sentence
+    assert "free some space" in sentence
 
 
 # Frames
@@ -235,17 +243,18 @@ def test_nothing_of_the_test_frames_is_fitted_on_unless_asked(root):
 @pytest.mark.parametrize(
     ("settings", "rate", "words"),
     [
-        ({}, 0.2, "5 good frames that set the thresholds are of 1 video,"),
-        ({"val_split_ratio": 0.6}, 0.2, "10 good frames that set the thresholds are of 2 videos,"),
-        ({"val_split_ratio": 0.6}, 0.4, None),  # of two videos a rate of 1 / 3 and more can be asked
-        ({"val_split_mode": "none"}, 0.2, "4 good frames that set the thresholds are of "),
+        ({}, 0.2, "the 5 good frames that set the thresholds are of 1 video(s) not"),
+        ({"val_split_ratio": 0.6}, 0.2, "the 10 good frames that set the thresholds are of 2 video(s) not"),
+        ({"val_split_ratio": 0.6}, 0.4, None),  # two videos vouch for a rate of 1 / 3 and more
+        # Frames between those that are trained on: no video is held out as a whole.
+        ({"val_split_mode": "none"}, 0.2, "the 4 good frames that set the thresholds are of 0 video(s) not"),
     ],
 )
 def test_thresholds_from_few_videos_are_warned_of(root, caplog, settings, rate, words):
     datamodule = make_scene(root, **settings)
     images = datamodule.train_dataloader()
     HeldOutImages(0.2, None, may_choose_rate=False).take_from(images, datamodule, rate, 0, training_has_begun=False)
-    warnings = [record.message for record in caplog.records if "frames of one video are alike" in record.message]
+    warnings = [record.message for record in caplog.records if "Frames of one video are alike" in record.message]
     assert (not warnings) if words is None else (words in warnings[0])
 
 

@@ -80,7 +80,10 @@ def make_scenes(
                 _write_clip(passing / "testing", f"{scene:02d}_{number:04d}", place, number, test_frames)
         passing.rename(output)
     except OSError as error:
-        message = f"The scenes could not be written to {output} ({error.strerror or error}); name another folder."
+        message = (
+            f"The scenes could not be written to {output} ({error.strerror or error}); free some space there, or name "
+            "another folder."
+        )
         raise CflowError(message) from error
     finally:
         shutil.rmtree(passing, ignore_errors=True)
@@ -163,7 +166,11 @@ def _write_clip(testing: Path, name: str, place: _Place, number: int, frames: in
     masks = _write_video(video, place, number, frames, with_vehicle=True)
     capture = cv2.VideoCapture(str(video))
     for index in range(frames):
-        encoded = cv2.imencode(".jpg", capture.read()[1])[1]
+        there, image = capture.read()
+        if not there:  # OpenCV does not say that a disk is full
+            message = "a video ends early"
+            raise OSError(message)
+        encoded = cv2.imencode(".jpg", image)[1]
         (testing / "frames" / name / f"{index:03d}.jpg").write_bytes(encoded.tobytes())
     capture.release()
     video.unlink()

@@ -14,7 +14,7 @@ from anomalib.data.utils import ValSplitMode
 from anomalib.post_processing import PostProcessor
 from lightning import Trainer
 from pandas import DataFrame
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from cflow_plugin.decisions.conformal import check_enough, images_needed
 from cflow_plugin.errors import CflowError
@@ -116,7 +116,7 @@ class HeldOutImages:
             return images
         if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):
             logger.info("The thresholds come from the %d validation images, all good.", _good_validation_images(data))
-            _warn_of_few_videos(data.val_data.samples, rate)
+            _warn_of_few_videos(_table(data.val_data), _table(data.train_data), rate)
             self.loader = data.val_dataloader()
             return images
         if self.chosen is None:
@@ -137,8 +137,8 @@ class HeldOutImages:
             raise CflowError(msg)
         indices = self.chosen["indices"]
         check_enough(len(indices), rate)
-        table = getattr(images.dataset, "samples", None)
-        _warn_of_few_videos(None if table is None else table.iloc[indices], rate)
+        table = _table(images.dataset)
+        _warn_of_few_videos(table.iloc[indices], table.drop(table.index[indices]), rate)
         self.loader = part_of(images, indices, augmented=False)
         return part_of(images, sorted(set(range(total)) - set(indices)))
 
@@ -221,27 +221,32 @@ def _good_validation_images(data: AnomalibDataModule) -> int:
     return 0 if getattr(validation, "has_anomalous", True) else len(validation)
 
 
-def _warn_of_few_videos(frames: DataFrame | None, rate: float) -> None:
-    """Say so where held-out images are frames of too few videos: not frames but videos are exchangeable.
+def _warn_of_few_videos(held_out: DataFrame, trained_on: DataFrame, rate: float) -> None:
+    """Say so where too few videos are held out: frames of one are alike, so not frames but videos are exchangeable.
 
     Args:
-        frames: The held-out images' rows in their data set's table, if there is one.
+        held_out: The held-out images' rows in their data set's table.
+        trained_on: The other images' rows.
         rate: False-alarm rate to be kept.
     """
-    if frames is None or "video" not in frames:
+    if "video" not in held_out:
         return
-    videos, needed = frames.video.nunique(), images_needed(rate)
+    videos, needed = len(set(held_out.video) - set(trained_on.video)), images_needed(rate)
     if videos < needed:
         logger.warning(
-            "The %d good frames that set the thresholds are of %d video%s, and frames of one video are alike: in new "
-            "videos more than %g of the normal frames may be called anomalous. At least %d videos would have to be "
-            "held out to vouch for others.",
-            len(frames),
+            "Frames of one video are alike, and the %d good frames that set the thresholds are of %d video(s) not "
+            "trained on. A false-alarm rate of %g needs at least %d of them; it can be far higher in new videos.",
+            len(held_out),
             videos,
-            "s" * (videos > 1),
             rate,
             needed,
         )
+
+
+def _table(images: Dataset) -> DataFrame:
+    """A data set's rows, without columns where it is none of anomalib's."""
+    samples = getattr(images, "samples", None)
+    return samples if isinstance(samples, DataFrame) else DataFrame(index=range(len(images)))
 
 
 def _given_images(folder: str) -> DataLoader:
