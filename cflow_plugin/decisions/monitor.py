@@ -91,7 +91,8 @@ def monitor(
 
     A moved camera, an ageing lamp or another batch of material shift the scores of good parts, and with them the
     false-alarm rate, long before anybody notices. Defects count as what they are, unusual: a share of them that grows
-    is a change, too; give the scores of parts known to be good to leave them out of it.
+    is a change, too; give the scores of parts known to be good to leave them out of it. Neighbouring frames of a video
+    resemble each other, which looks like a change as well: give frames that are far apart.
 
     Args:
         recent: Table of recent scores, oldest first: the scores.csv of `cflow-plugin watch`, or any .csv with a column
