@@ -27,7 +27,7 @@ from skimage.util import random_noise
 from sklearn.metrics import roc_auc_score
 from training import publish
 
-from cflow_plugin.comparison.cell import MODELS, EncoderChoice, build_model
+from cflow_plugin.commands.compare.cell import MODELS, EncoderChoice, build_model
 
 Image3 = np.ndarray
 """Shape ``(H, W, 3)``, values between 0 and 1."""

@@ -17,8 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cflow_plugin.folded import FoldedFlow
-from cflow_plugin.torch_model import CflowModel
+from cflow_plugin.model.folded import FoldedFlow
+from cflow_plugin.model.torch_model import CflowModel
 
 
 def main(

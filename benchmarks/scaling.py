@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from training import in_own_process, publish
 
-from cflow_plugin.collection.listing import list_images
+from cflow_plugin.commands.score.listing import list_images
 
 
 def measure(model: Path, source: Path, engine: str, workers: int, batch: int) -> dict:
@@ -35,7 +35,7 @@ def measure(model: Path, source: Path, engine: str, workers: int, batch: int) ->
     Returns:
         Seconds of the whole run, and images a second after the first part was written.
     """
-    from cflow_plugin.collection import score
+    from cflow_plugin.commands.score import score
 
     with tempfile.TemporaryDirectory() as folder:
         settings = {"threads": workers} if engine == "local" else {"threads": 1, "workers": workers}

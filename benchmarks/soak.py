@@ -16,10 +16,10 @@ from rich.progress import track
 from rich.table import Table
 from training import in_own_process, publish
 
-from cflow_plugin.collection.listing import list_images
-from cflow_plugin.collection.scorer import Scorer, Settings
-from cflow_plugin.live.exported import compile_exported
-from cflow_plugin.live.sources import open_source
+from cflow_plugin.commands.score.listing import list_images
+from cflow_plugin.commands.score.scorer import Scorer, Settings
+from cflow_plugin.commands.watch.sources import open_source
+from cflow_plugin.deploy.runtime import compile_exported
 
 NOTES = 100
 

@@ -27,8 +27,8 @@ from rich.progress import track
 from rich.table import Table
 
 from cflow_plugin import CflowPlugin
-from cflow_plugin.benchmark.report import describe_machine
-from cflow_plugin.benchmark.speed import peak_resident_bytes
+from cflow_plugin.commands.benchmark.report import describe_machine
+from cflow_plugin.commands.benchmark.speed import peak_resident_bytes
 
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
@@ -52,7 +52,7 @@ def measure(
     Returns:
         Seconds of ``fit``, peak resident memory in MiB after it, the metrics, and what training logged last.
     """
-    from cflow_plugin.comparison.cell import EncoderChoice, Variant, build_model
+    from cflow_plugin.commands.compare.cell import EncoderChoice, Variant, build_model
 
     seed_everything(seed, verbose=False)
     precision = settings.get("precision", "32")

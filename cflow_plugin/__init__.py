@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "CflowError": "cflow_plugin.errors",
-    "CflowPlugin": "cflow_plugin.lightning_model",
+    "CflowPlugin": "cflow_plugin.training.lightning_model",
     "Spade": "cflow_plugin.baselines.spade",
 }
 

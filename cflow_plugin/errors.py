@@ -1,93 +1,22 @@
-"""Errors a user can act upon, and how the command line shows them."""
+"""The error that a user can act upon."""
 
-from __future__ import annotations
-
-__all__ = ["CflowError", "explain", "install_excepthook"]
-
-import errno
-import os
-import sys
-from typing import TYPE_CHECKING
-from urllib.error import URLError
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-_SPACE = "Free some space and start again; what was written before is kept."
-_ELSEWHERE = "Choose a folder that may be written to, with --default_root_dir FOLDER for anomalib's commands."
-_UNWRITABLE = {
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
-    errno.EROFS: _ELSEWHERE,
-    errno.EACCES: _ELSEWHERE,
-    errno.EPERM: _ELSEWHERE,
-}
-
-# What anomalib says where images are missing, and what it means.
-_OF_ANOMALIB = {
-    "Path does not exist: ": "{error}. Check --data.root and the folders that are named below it.",
-    "Found 0 ": "There is no image where some are needed: {error}. Check --data.root and the folders below it.",
-    "missing file path(s) in samples": (
-        "An image that is listed in a data folder is not there; look for links in it that lead nowhere."
-    ),
-    "not enough values to unpack (expected 2, got 0)": (
-        "There are too few images to split them into training, validation and test images. Add images, or name other "
-        "images to test on, with --data.normal_test_dir FOLDER for a Folder."
-    ),
-}
+__all__ = ["CflowError", "first_line"]
 
 
 class CflowError(RuntimeError):
     """Something is wrong with the input, the settings or the machine; the message says what, and what to do."""
 
 
-def explain(error: BaseException) -> str | None:
-    """Say in a sentence what an error means to the user.
+def first_line(error: BaseException, length: int = 120) -> str:
+    r"""The first line of an error's message, or the error's type where there is none, for use inside a sentence.
 
     Args:
-        error: An exception that was not caught.
+        error: The error.
+        length: At most this many characters.
 
-    Returns:
-        The sentence, or ``None`` where only a stack trace helps.
+    Example:
+        >>> first_line(ValueError("No such layer.\\nTry another."))
+        'No such layer'
     """
-    if isinstance(error, CflowError):
-        return str(error)
-    if explanation := getattr(error, "explanation", None):  # found out where the error was raised
-        return explanation
-    if isinstance(error, URLError):
-        return (
-            f"A download failed ({error.reason}). Connect to the internet, or put the data set into a local folder and "
-            "name it with --data.root FOLDER."
-        )
-    for fragment, sentence in _OF_ANOMALIB.items():
-        if fragment in str(error) and _was_raised_by("anomalib", error):
-            return sentence.format(error=" ".join(str(error).split()))
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        reason = os.strerror(error.errno)
-        return f"{f'{error.filename}: {reason}' if error.filename else reason}. {_UNWRITABLE[error.errno]}"
-    return None
-
-
-def _was_raised_by(package: str, error: BaseException) -> bool:
-    """Whether the innermost frame belongs to a package."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == package
-
-
-def install_excepthook() -> None:
-    """Let uncaught errors that can be explained end in one sentence instead of a stack trace.
-
-    The exit status stays that of an uncaught exception. ``CFLOW_PLUGIN_TRACEBACK=1`` brings the stack trace back.
-    """
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        message = explain(error)
-        if message is None or os.environ.get("CFLOW_PLUGIN_TRACEBACK") == "1":
-            previous(kind, error, trace)
-        else:
-            print(f"error: {message}", file=sys.stderr)
-
-    sys.excepthook = hook
+    lines = str(error).strip().splitlines()
+    return lines[0][:length].rstrip(". ") if lines else type(error).__name__

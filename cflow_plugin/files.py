@@ -1,6 +1,6 @@
 """Files that are there whole or not at all."""
 
-__all__ = ["arriving", "remove_unfinished", "replacing"]
+__all__ = ["atomic_file", "atomic_folder", "remove_unfinished"]
 
 import errno
 import glob
@@ -15,27 +15,27 @@ _FULL = 2**20  # bytes: what a writer's buffer may leave of a disk that is full
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A passing name to write to, in the same folder; what is there in the end takes the file's place in one step.
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A partial name to write to, in the same folder; what is there in the end takes the file's place in one step.
 
     So a run that is killed, or a full disk, leaves an older file as it was, and nothing that looks like a new one.
 
     Args:
         file: The file to write; its folder must be there.
     """
-    passing = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        yield passing
-        with passing.open("rb+") as written:  # on the disk before it gets its name, should the machine go down
+        yield partial
+        with partial.open("rb+") as written:  # on the disk before it gets its name, should the machine go down
             os.fsync(written.fileno())
-        os.replace(passing, file)
+        os.replace(partial, file)
     finally:
-        passing.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def arriving(folder: Path, last: str) -> Iterator[Path]:
-    """A passing folder for files that belong together; in the end they move to where they are wanted.
+def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
+    """A partial folder for files that belong together; in the end they move to where they are wanted.
 
     The file that the others are found by is taken away first and comes last. So it is there only with the others of its
     own making.
@@ -48,11 +48,11 @@ def arriving(folder: Path, last: str) -> Iterator[Path]:
         OSError: If the disk is full, whatever the library that writes the files makes of it.
     """
     remove_unfinished(folder / last)
-    passing = folder / f".{last}.{uuid.uuid4().hex[:8]}.partial"
-    passing.mkdir()
+    partial = folder / f".{last}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
     try:
-        yield passing
-        files = sorted((file for file in passing.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+        yield partial
+        files = sorted((file for file in partial.rglob("*") if file.is_file()), key=lambda file: file.name == last)
         (folder / last).unlink(missing_ok=True)
         for file in files:
             os.replace(file, folder / file.name)
@@ -61,7 +61,7 @@ def arriving(folder: Path, last: str) -> Iterator[Path]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
     finally:
-        shutil.rmtree(passing, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_unfinished(file: Path) -> None:

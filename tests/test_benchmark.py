@@ -5,8 +5,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cflow_plugin.benchmark.candidates import Candidate, build_model, unavailable
-from cflow_plugin.benchmark.report import left_out, print_table
+from cflow_plugin.commands.benchmark.candidates import Candidate, build_model, unavailable
+from cflow_plugin.commands.benchmark.report import left_out, print_table
 
 from .conftest import run_command
 

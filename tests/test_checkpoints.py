@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.checkpoints import CheckpointFiles
-from cflow_plugin.files import arriving, replacing
+from cflow_plugin.files import atomic_file, atomic_folder
+from cflow_plugin.training.checkpoints import CheckpointFiles
 
 from .conftest import QUICK, make_engine, run_command, run_in_small_space, sentence_of
 from .test_training import StopAfter
@@ -90,7 +90,7 @@ def test_other_settings_than_the_checkpoint_s(checkpoint, trained, textures, tmp
 def test_another_release(checkpoint, tmp_path, caplog):
     made = torch.load(checkpoint, weights_only=True)["cflow_plugin_versions"]
     assert set(made) == {"anomalib", "cflow-plugin"}
-    with caplog.at_level(logging.WARNING, logger="cflow_plugin.checkpoints"):
+    with caplog.at_level(logging.WARNING, logger="cflow_plugin.training.checkpoints"):
         CflowPlugin.load_from_checkpoint(checkpoint)
         assert not caplog.records
         path = changed(checkpoint, tmp_path / "old.ckpt", cflow_plugin_versions={**made, "anomalib": "2.3.1"})
@@ -115,7 +115,7 @@ def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path, monkeypatch
 
 
 def test_replacing_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match="enough"), replacing(tmp_path / "file") as passing:
+    with pytest.raises(ValueError, match="enough"), atomic_file(tmp_path / "file") as passing:
         passing.write_text("half")
         raise ValueError("enough")
     assert not list(tmp_path.iterdir())
@@ -124,13 +124,13 @@ def test_replacing_leaves_nothing_behind(tmp_path):
 def test_files_that_belong_together_arrive_together(tmp_path):
     (tmp_path / "model.xml").write_text("old")
     (tmp_path / "model.bin").write_text("old")
-    with pytest.raises(ValueError, match="enough"), arriving(tmp_path, "model.xml") as passing:
+    with pytest.raises(ValueError, match="enough"), atomic_folder(tmp_path, "model.xml") as passing:
         (passing / "model.bin").write_text("half")
         raise ValueError("enough")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.xml": "old", "model.bin": "old"}
     (tmp_path / ".model.xml.0.partial").mkdir()  # a killed run's
     seen = []
-    with arriving(tmp_path, "model.xml") as passing:
+    with atomic_folder(tmp_path, "model.xml") as passing:
         for name in ("model.xml", "model.bin"):
             (passing / name).write_text("new")
         seen = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
@@ -141,7 +141,7 @@ def test_files_that_belong_together_arrive_together(tmp_path):
 @pytest.mark.parametrize(("free", "expected"), [(1000, OSError), (10**9, RuntimeError)])
 def test_a_full_disk_is_named_whatever_a_library_says(tmp_path, monkeypatch, free, expected):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(expected) as caught, arriving(tmp_path, "model.xml"):
+    with pytest.raises(expected) as caught, atomic_folder(tmp_path, "model.xml"):
         raise RuntimeError("basic_ios::clear: iostream error")
     assert (caught.value.args[0] == errno.ENOSPC) == (expected is OSError)
     assert not list(tmp_path.iterdir())
@@ -158,7 +158,7 @@ def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_pat
         replace(source, target)
 
     monkeypatch.setattr("os.replace", watch)
-    with arriving(tmp_path, "model.xml") as passing:
+    with atomic_folder(tmp_path, "model.xml") as passing:
         for name in ("model.xml", "model.bin"):
             (passing / name).write_text("new")
     assert moves == [{"model.bin": "old"}, {"model.bin": "new"}]

@@ -17,9 +17,9 @@ from anomalib.metrics import AUPRO
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
-from cflow_plugin.comparison.cell import Cell, EncoderChoice, Variant, build_model
-from cflow_plugin.comparison.record import Recorder, _bin, _value
-from cflow_plugin.comparison.tables import published_tables, summary_table
+from cflow_plugin.commands.compare.cell import Cell, EncoderChoice, Variant, build_model
+from cflow_plugin.commands.compare.record import Recorder, _bin, _value
+from cflow_plugin.commands.compare.tables import published_tables, summary_table
 
 from .conftest import QUICK, run_command
 
@@ -303,9 +303,9 @@ def look(cell, job):
 
 
 if __name__ == "__main__":
-    import cflow_plugin.comparison
+    import cflow_plugin.commands.compare
 
-    module = sys.modules["cflow_plugin.comparison.compare"]
+    module = sys.modules["cflow_plugin.commands.compare.compare"]
     module.run_cell = look
     [(_, found)] = module._run([None], None, lambda _: None)
     print(found)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from cflow_plugin.distributed import share_of_batch
-from cflow_plugin.feature_bank import VectorBatch
+from cflow_plugin.training.distributed import share_of_batch
+from cflow_plugin.training.feature_bank import VectorBatch
 
 from .conftest import QUICK, run_command
 

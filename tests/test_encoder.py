@@ -3,8 +3,9 @@ import torch
 from safetensors.torch import save_file
 from timm import create_model
 
-from cflow_plugin.encoder import BACKBONES, Encoder
 from cflow_plugin.errors import CflowError
+from cflow_plugin.model.encoder import BACKBONES, Encoder
+from cflow_plugin.model.weights import load_file
 
 from .conftest import SHARED, run_command
 
@@ -90,10 +91,10 @@ def test_a_file_may_lack_what_is_not_needed(resnet, suffix, tmp_path):
     file = tmp_path / f"weights{suffix}"
     save_file(weights, file) if suffix == ".safetensors" else torch.save({"state_dict": weights}, file)
     encoder = Encoder("resnet18", ["layer2", "layer3"])
-    encoder.load_file(file)
+    load_file(encoder, file)
     assert torch.equal(encoder.network.state_dict()["layer3.1.conv2.weight"], weights["layer3.1.conv2.weight"])
     with pytest.raises(CflowError, match=r"lacks layer4\.0\.conv1\.weight.*more.*needs for layer2, layer4"):
-        Encoder("resnet18", ["layer2", "layer4"]).load_file(file)
+        load_file(Encoder("resnet18", ["layer2", "layer4"]), file)
 
 
 def test_weights_that_do_not_fit_are_refused(resnet, tmp_path):
@@ -103,22 +104,22 @@ def test_weights_that_do_not_fit_are_refused(resnet, tmp_path):
 
     save_file({**resnet.state_dict(), "conv1.weight": torch.zeros(64, 1, 7, 7)}, file)
     with pytest.raises(CflowError, match=r"conv1\.weight \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)"):
-        encoder.load_file(file)
+        load_file(encoder, file)
 
     save_file({**resnet.state_dict(), "bn1.bias": torch.full((64,), float("nan"))}, file)
     with pytest.raises(CflowError, match=r"NaN or infinite values in bn1\.bias"):
-        encoder.load_file(file)
+        load_file(encoder, file)
 
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CflowError, match="could not be read as weights"):
-        encoder.load_file(file)
+        load_file(encoder, file)
 
     with pytest.raises(CflowError, match="no weights file"):
-        encoder.load_file(tmp_path / "absent.pth")
+        load_file(encoder, tmp_path / "absent.pth")
 
     torch.save(resnet, tmp_path / "pickled.pth")  # a whole module could run any code when it is loaded
     with pytest.raises(CflowError, match="nothing but a state dict"):
-        encoder.load_file(tmp_path / "pickled.pth")
+        load_file(encoder, tmp_path / "pickled.pth")
 
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
@@ -139,7 +140,10 @@ def test_unknown_names_are_refused_with_the_ones_there_are():
 
 
 def test_without_the_hub_one_sentence_names_the_remedies(tmp_path):
-    code = "from cflow_plugin.encoder import Encoder; Encoder('resnet18', ['layer2']).load_pretrained()"
+    code = (
+        "from cflow_plugin.model.encoder import Encoder; from cflow_plugin.model.weights import load_pretrained; "
+        "load_pretrained(Encoder('resnet18', ['layer2']))"
+    )
     # Nothing listens at the discard port.
     out = run_command(
         "python", "-c", code, cwd=tmp_path, expect=1, HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9"
@@ -153,10 +157,10 @@ def test_without_the_hub_one_sentence_names_the_remedies(tmp_path):
 def test_real_weights_tell_images_apart():
     file = SHARED / "weights" / "resnet18.tv_in1k-layer1-3.safetensors"
     encoder = Encoder("resnet18", ["layer2", "layer3"])
-    encoder.load_file(file)
+    load_file(encoder, file)
     assert all(torch.isfinite(features).all() for features in encoder(torch.randn(2, 3, 64, 64)))
     with pytest.raises(CflowError, match="layer4"):
-        Encoder("resnet18").load_file(file)
+        load_file(Encoder("resnet18"), file)
 
 
 def test_features_are_averaged_over_the_neighbourhood():

@@ -7,7 +7,7 @@ from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.export import InferenceGraph, TrainingImages, convert_to_openvino
+from cflow_plugin.deploy.graph import InferenceGraph, TrainingImages, convert_to_openvino
 
 from .conftest import QUICK, make_engine, run_command
 
@@ -94,7 +94,7 @@ def test_any_size(tmp_path, backbone, size):
     torch.manual_seed(0)
     model = CflowPlugin(backbone=backbone, pre_trained=False, image_size=size, coupling_blocks=2).eval()
     with torch.no_grad():
-        model.model.scoring.calibrate(model.model.log_likelihoods(torch.randn(2, 3, *size)))
+        model.model.calibrate(model.model.log_likelihoods(torch.randn(2, 3, *size)))
     path = model.to_openvino(tmp_path, input_size=size)
     assert_agrees(run_openvino(path, images_of(size, 1)), model, images_of(size, 1))
 

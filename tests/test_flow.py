@@ -5,8 +5,8 @@ import torch
 from FrEIA.modules import AllInOneBlock
 from torch import nn
 
-from cflow_plugin.flow import ConditionalFlow, CouplingBlock, Whitening, log_likelihood
-from cflow_plugin.position import positional_encoding_2d
+from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock, Whitening, log_likelihood
+from cflow_plugin.model.position import positional_encoding_2d
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_gradient_reaches_every_parameter():
 
 @pytest.mark.parametrize("at_once", [65_536, 999])
 def test_whitening_makes_unit_covariance(monkeypatch, at_once):
-    monkeypatch.setattr("cflow_plugin.flow._VECTORS_AT_ONCE", at_once)
+    monkeypatch.setattr("cflow_plugin.model.flow._VECTORS_AT_ONCE", at_once)
     vectors = torch.randn(5000, 3) @ torch.tensor([[2.0, 0, 0], [1, 0.5, 0], [0, 1, 3]]) + 7
     whitening = Whitening([(3,)], shrinkage=0.0)
     whitening.fit(vectors)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from cflow_plugin.encoder import BACKBONES
-from cflow_plugin.flow import ConditionalFlow
-from cflow_plugin.folded import FoldedFlow
-from cflow_plugin.position import positional_encoding_2d
-from cflow_plugin.torch_model import CflowModel
+from cflow_plugin.model.encoder import BACKBONES
+from cflow_plugin.model.flow import ConditionalFlow
+from cflow_plugin.model.folded import FoldedFlow
+from cflow_plugin.model.position import positional_encoding_2d
+from cflow_plugin.model.torch_model import CflowModel
 
 SIZES = [(4, 4), (3, 5)]
 

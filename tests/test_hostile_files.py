@@ -12,12 +12,13 @@ import torch
 from anomalib.data.utils.download import extract
 
 from cflow_plugin import CflowError, CflowPlugin, Spade
-from cflow_plugin.comparison.report import write_report
+from cflow_plugin.commands.compare.report import write_report
+from cflow_plugin.commands.import_checkpoint import import_checkpoint
+from cflow_plugin.commands.watch.timeline import read_truth
 from cflow_plugin.data.clips import read_mask
-from cflow_plugin.decisions.held_out_scores import held_out_scores
-from cflow_plugin.encoder import Encoder
-from cflow_plugin.import_checkpoint import import_checkpoint
-from cflow_plugin.live.timeline import read_truth
+from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.model.encoder import Encoder
+from cflow_plugin.model.weights import load_file
 
 from .conftest import QUICK, make_engine
 
@@ -71,7 +72,7 @@ def test_a_checkpoint_in_an_export(hostile, proof, tmp_path):
 
 def test_a_checkpoint_whose_scores_are_read(hostile, proof):
     with pytest.raises(CflowError, match="could not be read"):
-        held_out_scores(hostile)
+        read_reference_scores(hostile)
     assert not proof.exists()
 
 
@@ -97,7 +98,7 @@ def test_a_checkpoint_of_the_original_code(proof, tmp_path):
 def test_encoder_weights(name, proof, tmp_path):
     torch.save({"conv1.weight": Hostile(proof)}, tmp_path / name)
     with pytest.raises(CflowError, match="could not be read as weights"):
-        Encoder("resnet18", ["layer1"]).load_file(tmp_path / name)
+        load_file(Encoder("resnet18", ["layer1"]), tmp_path / name)
     assert not proof.exists()
 
 

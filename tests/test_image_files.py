@@ -18,10 +18,10 @@ from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.collection import score
+from cflow_plugin.commands.score import score
+from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.data.textures import draw
-from cflow_plugin.image_files import ImageFileError, read_image
-from cflow_plugin.live.watch import watch
+from cflow_plugin.images.reading import ImageFileError, read_image
 
 from .conftest import QUICK, make_engine, run_command
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.export import InferenceGraph
-from cflow_plugin.import_checkpoint import import_checkpoint
+from cflow_plugin.commands.import_checkpoint import import_checkpoint
+from cflow_plugin.deploy.graph import InferenceGraph
 
 from .conftest import make_engine, run_command
 
@@ -164,7 +164,7 @@ def test_log_likelihoods(tmp_path, name, settings):
     with torch.no_grad():
         assert_equal(model.model.train().log_likelihoods(images), expected, 1e-4)
         assert_equal(model.model.eval().log_likelihoods(images), expected, 1e-4)
-        model.model.scoring.calibrate(model.model.log_likelihoods(images))
+        model.model.calibrate(model.model.log_likelihoods(images))
     assert_equal(in_openvino(model, images), expected, 1e-4)
     # No constant hides behind the tolerance of float32.
     expected = original.double().log_likelihoods(images.double())

@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.checkpoints import CheckpointFiles
+from cflow_plugin.commands.import_checkpoint import import_checkpoint
+from cflow_plugin.commands.watch.timeline import read_truth
 from cflow_plugin.data.textures import draw
-from cflow_plugin.decisions.held_out_scores import held_out_scores, read_scores
-from cflow_plugin.encoder import read_weights
-from cflow_plugin.image_files import read_image, unreadable
-from cflow_plugin.import_checkpoint import import_checkpoint
-from cflow_plugin.live.timeline import read_truth
+from cflow_plugin.decisions.reference_scores import read_reference_scores, read_scores
+from cflow_plugin.images.reading import read_image, unreadable
+from cflow_plugin.model.encoder import read_weights
+from cflow_plugin.training.checkpoints import CheckpointFiles
 
 PICTURE = Image.fromarray(draw("weave", "hole", "test", 3, size=64).image)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".webp": "WEBP", ".ppm": "PPM"}
@@ -82,7 +82,7 @@ def files(checkpoint, tmp_path_factory):
 LOADERS = {
     "model.ckpt": lambda path: CheckpointFiles().load_checkpoint(path),
     "model.ckpt, as a model": lambda path: CflowPlugin.load_from_checkpoint(path),
-    "model.ckpt, its scores": held_out_scores,
+    "model.ckpt, its scores": read_reference_scores,
     "weights.safetensors": read_weights,
     "weights.pth": read_weights,
     "mvtec_resnet18_x.pt": lambda path: import_checkpoint(path, "resnet18", path.with_suffix(".ckpt")),

@@ -16,9 +16,9 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.evaluation import CflowEvaluator
 from cflow_plugin.metrics import AUPRO, AUROC, ranked
 from cflow_plugin.metrics.bins import coarsen, sum_by_key, to_keys
+from cflow_plugin.metrics.evaluator import CflowEvaluator
 
 FIELDS = ["anomaly_map", "gt_mask"]
 

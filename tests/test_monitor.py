@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, kstest
 
 from cflow_plugin import CflowError
-from cflow_plugin.decisions.monitor import ExchangeabilityTest, monitor
+from cflow_plugin.commands.monitor import ExchangeabilityTest, monitor
 
 from .conftest import run_command
 

@@ -18,12 +18,13 @@ from PIL import Image
 from scipy.stats import beta, betabinom, kstest
 
 from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.commands.monitor import monitor
+from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.decisions.conformal import images_needed, p_values, threshold_rank
-from cflow_plugin.decisions.held_out import choose_held_out
-from cflow_plugin.decisions.held_out_scores import held_out_scores
-from cflow_plugin.decisions.monitor import monitor
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
-from cflow_plugin.live.watch import watch
+from cflow_plugin.decisions.reference_images import choose_reference
+from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.training.vector_loader import fill_bank
 
 from .conftest import QUICK, make_engine, make_textures, run_command
 from .test_training import StopAfter
@@ -202,15 +203,15 @@ def test_normalisation_cuts_nothing_off(level):
     ("images", "rate", "share", "expected"), [(200, 0.05, 0.2, 40), (200, 0.01, 0.2, 99), (38, 0.05, 0.2, 19)]
 )
 def test_how_many_are_held_out(images, rate, share, expected):
-    chosen = choose_held_out(images, rate, share, seed=3)
+    chosen = choose_reference(images, rate, share, seed=3)
     assert len(set(chosen)) == len(chosen) == expected
     assert set(chosen) <= set(range(images))
-    assert chosen == choose_held_out(images, rate, share, seed=3)
-    assert chosen != choose_held_out(images, rate, share, seed=4)
+    assert chosen == choose_reference(images, rate, share, seed=3)
+    assert chosen != choose_reference(images, rate, share, seed=4)
 
 
 def test_every_image_is_as_likely_to_be_held_out():
-    counts = np.bincount(np.concatenate([choose_held_out(20, 0.2, 0.25, seed) for seed in range(800)]), minlength=20)
+    counts = np.bincount(np.concatenate([choose_reference(20, 0.2, 0.25, seed) for seed in range(800)]), minlength=20)
     assert counts.sum() == 800 * 5
     assert (abs(counts - 200) < 5 * (800 * 0.25 * 0.75) ** 0.5).all()
 
@@ -229,13 +230,13 @@ def test_too_few_images_are_refused_with_the_number_needed(tmp_path, data):
 
 def test_held_out_images_are_scored_as_new_ones_and_not_trained_on(calibrated, data):
     model, _ = calibrated
-    held_out = model._held_out.chosen["indices"]
+    held_out = model.reference.chosen["indices"]
     assert len(held_out) == 4
     images = torch.stack([data.train_data[index].image for index in held_out])
     with torch.no_grad():
         result = model.model(model.pre_processor(images))
-    torch.testing.assert_close(model.post_processor.held_out_scores, result.pred_score.sort().values)
-    torch.testing.assert_close(model.post_processor.held_out_maxima, result.anomaly_map.amax((1, 2, 3)).sort().values)
+    torch.testing.assert_close(model.post_processor.reference_scores, result.pred_score.sort().values)
+    torch.testing.assert_close(model.post_processor.reference_maxima, result.anomaly_map.amax((1, 2, 3)).sort().values)
 
 
 def test_another_held_out_image_changes_no_weight(tmp_path, data):
@@ -246,13 +247,13 @@ def test_another_held_out_image_changes_no_weight(tmp_path, data):
         copy = make_textures(tmp_path / f"data{index}", **DATA)
         copy.prepare_data()
         if index:
-            for image in models[0]._held_out.chosen["indices"]:
+            for image in models[0].reference.chosen["indices"]:
                 path = copy.root / copy.category / "train" / "good" / f"{image:03}.png"
                 Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
         make_engine(tmp_path / f"run{index}").fit(model, datamodule=copy)
         models.append(model)
     assert_same(*({name: v.clone() for name, v in model.model.state_dict().items()} for model in models))
-    assert not torch.equal(*(model.post_processor.held_out_scores for model in models))
+    assert not torch.equal(*(model.post_processor.reference_scores for model in models))
 
 
 def test_thresholds_depend_on_no_test_or_validation_image(tmp_path, calibrated):
@@ -274,7 +275,7 @@ def test_given_images_leave_all_others_to_training(tmp_path, data):
     images = torch.stack([item.image for item in data.test_data if "good" in item.image_path])
     with torch.no_grad():
         expected = model.eval().model(model.pre_processor(images)).pred_score
-    torch.testing.assert_close(model.post_processor.held_out_scores, expected.sort().values)
+    torch.testing.assert_close(model.post_processor.reference_scores, expected.sort().values)
 
 
 # F1-adaptive thresholds stay
@@ -311,14 +312,19 @@ GOOD_ONLY = {"val_split_mode": ValSplitMode.FROM_TRAIN}
     ],
     ids=["validation is the test", "no validation", "defects to validate on", "good ones", "few good ones"],
 )
-def test_no_threshold_is_fitted_to_test_images_by_itself(tmp_path, settings, held_out, trained_on):
+def test_no_threshold_is_fitted_to_test_images_by_itself(tmp_path, monkeypatch, settings, held_out, trained_on):
     model = quick_model(target_false_alarm_rate="auto")
     same = make_textures(tmp_path / "data", **settings)
     seen = []
-    fill = model._fill_bank
-    model._fill_bank = lambda images, generator: (seen.append(len(images.dataset)), fill(images, generator))[1]
-    make_engine(tmp_path / "run").fit(model, datamodule=same)
-    assert (len(model.post_processor.held_out_scores), seen) == (held_out, [trained_on])
+
+    def count(images, *args):
+        seen.append(len(images.dataset))
+        return fill_bank(images, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cflow_plugin.training.vector_loader.fill_bank", count)
+        make_engine(tmp_path / "run").fit(model, datamodule=same)
+    assert (len(model.post_processor.reference_scores), seen) == (held_out, [trained_on])
     assert model.post_processor.target_false_alarm_rate == (0.05 if held_out else None)
     loaded = CflowPlugin.load_from_checkpoint(next((tmp_path / "run").rglob("model.ckpt")))
     assert loaded.post_processor.target_false_alarm_rate == (0.05 if held_out else None)
@@ -337,7 +343,7 @@ def test_good_validation_images_are_scored_as_new_ones(tmp_path):
     images = torch.stack([item.image for item in data.val_data])
     with torch.no_grad():
         expected = model.eval().model(model.pre_processor(images)).pred_score
-    torch.testing.assert_close(model.post_processor.held_out_scores, expected.sort().values)
+    torch.testing.assert_close(model.post_processor.reference_scores, expected.sort().values)
 
 
 def test_given_images_are_reason_enough_for_a_rate(tmp_path, data):
@@ -349,7 +355,7 @@ def test_given_images_are_reason_enough_for_a_rate(tmp_path, data):
         )
     model = quick_model(epochs=1, target_false_alarm_rate="auto", held_out_images=str(folder))
     make_engine(tmp_path / "run").fit(model, datamodule=data)
-    assert len(model.post_processor.held_out_scores) == 20
+    assert len(model.post_processor.reference_scores) == 20
 
 
 @pytest.mark.parametrize(
@@ -395,7 +401,7 @@ def test_another_rate_of_the_same_checkpoint(calibrated):
     model, checkpoint = calibrated
     # Four held-out images allow 1/5, 2/5, ...
     other = CflowPlugin.load_from_checkpoint(checkpoint, target_false_alarm_rate=0.4, weights_only=False)
-    scores = model.post_processor.held_out_scores
+    scores = model.post_processor.reference_scores
     assert other.post_processor.image_threshold == scores[2]
     assert model.post_processor.image_threshold == scores[3]
     with pytest.raises(CflowError, match="needs at least 9 good images"):
@@ -428,10 +434,10 @@ def test_exports_decide_alike(calibrated, data, tmp_path, monkeypatch):
             assert np.allclose(np.asarray(found.pred_score), expected.pred_score.numpy(), atol=1e-4)
             assert near or np.asarray(found.pred_label).item() == expected.pred_label.item()
     assert decisions == {True, False}
-    reference = model.post_processor.reference_scores.numpy()
+    reference = model.post_processor.normalized_reference_scores.numpy()
     assert len(reference) == 4
     for path in (files["openvino"], files["onnx"], checkpoint):
-        assert np.allclose(held_out_scores(path), reference, atol=1e-6)
+        assert np.allclose(read_reference_scores(path), reference, atol=1e-6)
     onnx.checker.check_model(str(files["onnx"]))
     session = onnxruntime.InferenceSession(files["onnx"], providers=["CPUExecutionProvider"])
     assert {"pred_score", "pred_label"} <= {output.name for output in session.get_outputs()}
@@ -439,7 +445,7 @@ def test_exports_decide_alike(calibrated, data, tmp_path, monkeypatch):
 
 def test_the_scores_survive_compression(calibrated, tmp_path):
     path = calibrated[0].to_openvino(tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8)
-    assert len(held_out_scores(path)) == 4
+    assert len(read_reference_scores(path)) == 4
     assert ov.Core().read_model(path).inputs
 
 
@@ -450,7 +456,7 @@ def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
     watch(path, str(good), tmp_path / "watched", overlays=False)
     with (tmp_path / "watched/scores.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = torch.tensor([float(row["p_value"]) for row in rows])
+    found = torch.tensor([float(row["p_value"]) for row in rows], dtype=torch.float64)
     scores = torch.tensor([float(row["score"]) for row in rows])
     torch.testing.assert_close(found, model.post_processor.image_p_values(scores), rtol=0, atol=1e-5)
     assert [int(row["anomalous"]) for row in rows] == (found <= RATE).int().tolist()
@@ -463,8 +469,8 @@ def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
 
 
 def test_a_model_without_a_rate_exports_no_scores(trained, export, tmp_path):
-    assert held_out_scores(export((64, 64))) is None
-    assert held_out_scores(trained.to_onnx(tmp_path, input_size=(64, 64))) is None
+    assert read_reference_scores(export((64, 64))) is None
+    assert read_reference_scores(trained.to_onnx(tmp_path, input_size=(64, 64))) is None
 
 
 # Resuming
@@ -477,7 +483,7 @@ def test_a_resumed_run_holds_out_the_same_images(tmp_path, data):
     checkpoint = next((tmp_path / "cut").rglob("last.ckpt"))
     resumed = quick_model(seed=5, epochs=4, held_out_share=0.5)
     make_engine(tmp_path / "resumed").fit(resumed, datamodule=data, ckpt_path=checkpoint)
-    assert resumed._held_out.chosen == whole._held_out.chosen
+    assert resumed.reference.chosen == whole.reference.chosen
     assert_same(buffers_of(whole), buffers_of(resumed))
 
 
@@ -543,4 +549,4 @@ def test_the_command_line(tmp_path):
     [checkpoint] = {path.resolve() for path in tmp_path.rglob("model.ckpt")}
     images = tmp_path / "datasets/Textures/weave/train/good"
     run_command("anomalib", "predict", *model, "--data", images, "--ckpt_path", checkpoint, cwd=tmp_path)
-    assert len(held_out_scores(checkpoint)) == 4
+    assert len(read_reference_scores(checkpoint)) == 4

@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cflow_plugin.filter_bank import FilterBank
-from cflow_plugin.torch_model import CflowModel
+from cflow_plugin.model.filter_bank import FilterBank
+from cflow_plugin.model.torch_model import CflowModel
 
 SIZES = st.tuples(st.integers(32, 72), st.integers(32, 72))
 LAYERS = st.lists(st.sampled_from(FilterBank.layers[:3]), min_size=1, max_size=3, unique=True).map(sorted)
@@ -23,7 +23,7 @@ def build(layers, blocks, condition, permutation, sigma, top, size, seed):
     for parameter in model.decoders.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     with torch.no_grad():
-        model.scoring.calibrate(model.log_likelihoods(torch.randn(3, 3, *size)))
+        model.calibrate(model.log_likelihoods(torch.randn(3, 3, *size)))
     return model.eval()
 
 

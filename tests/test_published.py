@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cflow_plugin.published import published_table
+from cflow_plugin.commands.compare.published import published_table
 
 
 @pytest.mark.parametrize("number", [2, 3])

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from cflow_plugin import CflowError
-from cflow_plugin.collection import score
+from cflow_plugin.commands.score import score
 
 from .conftest import run_command
 from .test_comparison import config_file

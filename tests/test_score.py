@@ -13,10 +13,10 @@ import pytest
 from anomalib.deploy import OpenVINOInferencer
 
 from cflow_plugin import CflowError
-from cflow_plugin.cli import main
-from cflow_plugin.collection import score
-from cflow_plugin.collection.listing import list_images
-from cflow_plugin.collection.parts import Parts, Row
+from cflow_plugin.commands.cli import main
+from cflow_plugin.commands.score import score
+from cflow_plugin.commands.score.listing import list_images
+from cflow_plugin.commands.score.parts import Parts, Row
 from cflow_plugin.data.textures import draw
 
 from .conftest import run_command

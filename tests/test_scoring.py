@@ -5,7 +5,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.scoring import AnomalyScoring
+from cflow_plugin.model.scoring import AnomalyScoring
 
 SIZES = [(16, 12), (8, 6)]
 

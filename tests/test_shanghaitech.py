@@ -17,11 +17,11 @@ from sklearn.metrics import roc_auc_score
 from torchvision.transforms.v2 import Normalize
 
 from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.commands.make_scenes import make_scenes
 from cflow_plugin.data import ShanghaiTechFrames
 from cflow_plugin.data.clips import compare_labels_with_masks, find_clips, read_mask
-from cflow_plugin.data.scenes import make_scenes
 from cflow_plugin.data.video_frames import extract_frames, extracted_frames
-from cflow_plugin.decisions.held_out import HeldOutImages
+from cflow_plugin.decisions.reference_images import HeldOutImages
 
 from .conftest import ROOT, make_engine, run_command, run_in_small_space, sentence_of
 

@@ -24,13 +24,11 @@ def test_interpreter_start_imports_nothing_heavy():
     _, without, _ = python("import sys; print(' '.join(sys.modules))", CFLOW_PLUGIN_AUTOLOAD="0")
     extra = set(modules.split()) - set(without.split())
     assert not {name for name in modules.split() if name.split(".")[0] in ("torch", "anomalib", "lightning", "numpy")}
-    assert extra <= {"cflow_plugin", "cflow_plugin.startup"}
+    assert extra <= {"cflow_plugin", "cflow_plugin.anomalib_patches.startup"}
 
 
 def test_other_programs_do_not_meet_it():
-    code = (
-        "import json, urllib.parse, sys; print('cflow_plugin.lightning_model' in sys.modules, 'torch' in sys.modules)"
-    )
+    code = "import json, urllib.parse, sys; print('cflow_plugin.training' in sys.modules, 'torch' in sys.modules)"
     assert python(code)[1] == "False False"
 
 
@@ -41,7 +39,7 @@ def test_other_programs_do_not_meet_it():
         "anomalib.data",
         "anomalib.engine",
         "cflow_plugin.data",
-        "cflow_plugin.lightning_model",
+        "cflow_plugin.training.lightning_model",
         "cflow_plugin.baselines.spade",
     ],
 )
@@ -65,7 +63,7 @@ def test_found_by_anomalib_s_own_look_up():
     )
     status, out, errors = python(code)
     assert status == 0, errors
-    modules = ["cflow_plugin.lightning_model", "cflow_plugin.baselines.spade.lightning_model"]
+    modules = ["cflow_plugin.training.lightning_model", "cflow_plugin.baselines.spade.lightning_model"]
     assert out.splitlines()[-3:] == ["True", *modules]
 
 

@@ -7,8 +7,8 @@ from scipy.signal import lfilter
 from sklearn.metrics import roc_auc_score
 
 from cflow_plugin import CflowError
-from cflow_plugin.live.score_plot import plot_scores
-from cflow_plugin.live.timeline import Smoother, frame_auroc, intervals, read_truth
+from cflow_plugin.commands.watch.score_plot import plot_scores
+from cflow_plugin.commands.watch.timeline import Smoother, frame_auroc, intervals, read_truth
 
 
 @given(some.lists(some.tuples(some.integers(0, 5), some.booleans()), min_size=1))

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.flow import log_likelihood
-from cflow_plugin.torch_model import CflowModel
+from cflow_plugin.model.flow import log_likelihood
+from cflow_plugin.model.torch_model import CflowModel
 
 
 @pytest.fixture(scope="module", params=[128, 0], ids=["cflow", "uflow"])
@@ -11,7 +11,7 @@ def model(request):
     torch.manual_seed(0)
     model = CflowModel("resnet18", ["layer2", "layer3"], condition_dims=request.param, coupling_blocks=2).eval()
     with torch.no_grad():
-        model.scoring.calibrate(model.log_likelihoods(torch.randn(2, 3, 64, 64)))
+        model.calibrate(model.log_likelihoods(torch.randn(2, 3, 64, 64)))
     return model
 
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.lightning_model import _is_random
+from cflow_plugin.training.vector_loader import is_random
 
 from .conftest import QUICK, SHARED, make_engine, make_textures
 
@@ -106,12 +106,12 @@ def test_constants_are_the_quantile_over_training_features(trained, textures):
 
 def test_features_beyond_the_memory_s_limit(tmp_path, textures, monkeypatch):
     """A part of the positions is kept; the others' constants are their neighbours'."""
-    monkeypatch.setattr("cflow_plugin.feature_bank._MAXIMUM_BYTES", 100_000)
+    monkeypatch.setattr("cflow_plugin.training.feature_bank._MAXIMUM_BYTES", 100_000)
     kept = []
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            kept.append(len(pl_module._bank.positions[0]))
+            kept.append(len(pl_module.calibration.vectors.bank.positions[0]))
 
     model = quick_model()
     make_engine(tmp_path, callbacks=[Watch()]).fit(model, datamodule=textures)
@@ -217,14 +217,14 @@ def test_steps_of_a_whole_pass(tmp_path, textures):
 def test_augmented_images_are_encoded_anew(tmp_path, textures, caplog):
     def extractions(folder, **settings):
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="cflow_plugin.lightning_model"):
+        with caplog.at_level(logging.INFO, logger="cflow_plugin.training.lightning_model"):
             data = make_textures(textures.root, **settings)
             make_engine(tmp_path / folder).fit(quick_model(epochs=3), datamodule=data)
         return sum("Extracting" in record.message for record in caplog.records)
 
     assert extractions("plain") == 1
     assert extractions("augmented", train_augmentations=RandomRotation((-5, 5))) == 3
-    assert not _is_random(Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)]))
+    assert not is_random(Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)]))
 
 
 def test_the_paper_s_settings_train(tmp_path, textures):

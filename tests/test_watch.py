@@ -15,11 +15,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from cflow_plugin import CflowError
-from cflow_plugin.cli import main
+from cflow_plugin.anomalib_patches.error_hook import explain
+from cflow_plugin.commands.cli import main
+from cflow_plugin.commands.watch.timeline import Smoother
+from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.data.textures import draw
-from cflow_plugin.errors import explain
-from cflow_plugin.live.timeline import Smoother
-from cflow_plugin.live.watch import watch
 
 
 @pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
@@ -116,7 +116,9 @@ def test_a_full_disk(exported, pictures, tmp_path, monkeypatch, file):
     if file.endswith("a.png"):
         full.symlink_to("/dev/full")
     else:
-        monkeypatch.setattr("cflow_plugin.live.score_plot.replacing", lambda _: nullcontext(Path("/dev/full")))
+        monkeypatch.setattr(
+            "cflow_plugin.commands.watch.score_plot.atomic_file", lambda _: nullcontext(Path("/dev/full"))
+        )
     with pytest.raises(OSError, match="No space left") as caught:
         watch(exported, str(pictures), tmp_path / "out")
     assert "Free some space" in explain(caught.value)

@@ -2,13 +2,10 @@
 
 __all__ = ["ShanghaiTechFrames", "Textures"]
 
-import sys
-
+from cflow_plugin.anomalib_patches.file_names import accept_any_language
+from cflow_plugin.anomalib_patches.registration import publish
 from cflow_plugin.data.datamodule import Textures
-from cflow_plugin.data.paths import accept_any_language
 from cflow_plugin.data.shanghaitech import ShanghaiTechFrames
 
-# anomalib looks data modules up by name among the attributes of its own package, which may be only half imported now.
-sys.modules["anomalib.data"].ShanghaiTechFrames = ShanghaiTechFrames
-sys.modules["anomalib.data"].Textures = Textures
+publish("anomalib.data", ShanghaiTechFrames, Textures)
 accept_any_language()

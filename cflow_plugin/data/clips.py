@@ -14,8 +14,8 @@ import numpy as np
 from rich.progress import track
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.files import replacing
-from cflow_plugin.live.sources import natural_order
+from cflow_plugin.files import atomic_file
+from cflow_plugin.images.listing import natural_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,8 +109,8 @@ def compare_labels_with_masks(clips: Sequence[Clip], folder: Path) -> dict[str, 
     for clip in track(pending, "Comparing labels with masks", transient=True, disable=not pending):
         frames = [frame for frame in range(len(clip.frames)) if read_mask(clip.mask_file, frame).any()]
         found[clip.name] = frames
-        with replacing(folder / f"{clip.name}.json") as passing:
-            passing.write_text(json.dumps({**_state(clip.mask_file), "anomalous": frames}) + "\n", encoding="utf-8")
+        with atomic_file(folder / f"{clip.name}.json") as partial:
+            partial.write_text(json.dumps({**_state(clip.mask_file), "anomalous": frames}) + "\n", encoding="utf-8")
     differing = {}
     for clip in clips:
         frames = set(found[clip.name]) ^ set(np.flatnonzero(clip.labels).tolist())

@@ -141,7 +141,7 @@ def generate_category(root: Path | str, category: str, **settings: int) -> None:
                                      ground_truth/...
                                      textures.json
 
-    Each folder is drawn under a passing name beside its final one and renamed once it is complete, so a folder that
+    Each folder is drawn under a partial name beside its final one and renamed once it is complete, so a folder that
     is there is whole, whatever happened to the process that wrote it. Of two processes at work at once, the later one
     finds the folder in place, with the very files it has drawn itself, and drops its own.
 
@@ -219,22 +219,22 @@ def _is_there(folder: Path, recipe: Recipe) -> bool:
 
 def _write(part: _Part, recipe: Recipe) -> None:
     part.folder.parent.mkdir(parents=True, exist_ok=True)
-    # The leading dot keeps the passing folder out of sight; the token keeps two processes, on two machines too, apart.
-    passing = part.folder.with_name(f".{part.folder.name}-{secrets.token_hex(4)}")
+    # The leading dot keeps the partial folder out of sight; the token keeps two processes, on two machines too, apart.
+    partial = part.folder.with_name(f".{part.folder.name}-{secrets.token_hex(4)}")
     try:
         for folder, split, kind, index in track(part.pictures, f"Drawing {part.folder}", transient=True):
             picture = draw(recipe.category, kind, split, index, seed=recipe.seed, size=recipe.resolution)
-            _save(passing / folder / kind / f"{index:03}.png", picture.image)
+            _save(partial / folder / kind / f"{index:03}.png", picture.image)
             if kind != "good":
-                _save(passing / "ground_truth" / kind / f"{index:03}_mask.png", picture.mask)
-        (passing / _MANIFEST).write_text(json.dumps(_manifest(recipe), indent=2) + "\n", encoding="utf-8")
+                _save(partial / "ground_truth" / kind / f"{index:03}_mask.png", picture.mask)
+        (partial / _MANIFEST).write_text(json.dumps(_manifest(recipe), indent=2) + "\n", encoding="utf-8")
         try:
-            passing.rename(part.folder)
+            partial.rename(part.folder)
         except OSError:
             if not _is_there(part.folder, recipe):
                 raise
     finally:
-        shutil.rmtree(passing, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save(path: Path, image: NDArray[np.uint8]) -> None:

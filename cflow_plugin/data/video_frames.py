@@ -29,7 +29,7 @@ _QUALITY = 95  # of JPEG; what the videos' own compression has left survives it
 def extract_frames(videos: Sequence[Path], folder: Path, step: int = 1) -> None:
     """Extract every ``step``-th frame of videos, unless that has been done.
 
-    Frames go to ``<folder>/<video>/<number>.jpg``. A video's folder is filled under a passing name and renamed once it
+    Frames go to ``<folder>/<video>/<number>.jpg``. A video's folder is filled under a partial name and renamed once it
     is complete, so a run that was killed goes on with the video it was at. Of two processes at work on one folder the
     second waits for the first.
 
@@ -92,9 +92,9 @@ def _extract(videos: Sequence[Path], folder: Path, step: int) -> None:
         task = progress.add_task("Extracting frames", total=sum(count for _, count in captures))
         for video, count in captures:
             progress.update(task, description=f"Extracting {video.name}")
-            passing = folder / f".{video.stem}.partial"
-            shutil.rmtree(passing, ignore_errors=True)
-            passing.mkdir()
+            partial = folder / f".{video.stem}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             read = written = 0
             capture = _open(video)
             while capture.grab():
@@ -102,7 +102,7 @@ def _extract(videos: Sequence[Path], folder: Path, step: int) -> None:
                     there, image = capture.retrieve()
                     if not there:
                         break
-                    (passing / f"{read:06d}.jpg").write_bytes(_encode(image))
+                    (partial / f"{read:06d}.jpg").write_bytes(_encode(image))
                     written += 1
                 read += 1
                 progress.advance(task)
@@ -113,9 +113,9 @@ def _extract(videos: Sequence[Path], folder: Path, step: int) -> None:
             if read < count:
                 logger.warning("%s ends after %d frames, though its header speaks of %d.", video, read, count)
             marker = {"video": video.name, "bytes": video.stat().st_size, "step": step, "frames": written}
-            (passing / _MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+            (partial / _MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
             shutil.rmtree(folder / video.stem, ignore_errors=True)
-            os.replace(passing, folder / video.stem)
+            os.replace(partial, folder / video.stem)
 
 
 def _open(video: Path) -> cv2.VideoCapture:

@@ -1,1 +1,1 @@
-"""From scores to decisions: thresholds that keep a false-alarm rate, p-values, and a watch over what they rest on."""
+"""From scores to decisions: thresholds that keep a false-alarm rate, p-values, and a test of what they rest on."""

@@ -1,17 +1,18 @@
-"""Thresholds and p-values from the scores of held-out normal images (split conformal prediction)."""
+"""Thresholds and p-values from the scores of normal reference images (split conformal prediction)."""
 
 __all__ = ["check_enough", "images_needed", "p_values", "threshold_rank"]
 
 from fractions import Fraction
 from math import ceil, floor
 
-import torch
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from cflow_plugin.errors import CflowError
 
 
 def images_needed(rate: float) -> int:
-    """How many held-out normal images a false-alarm rate needs at least, ``ceil(1 / rate) - 1``.
+    """How many reference images a false-alarm rate needs at least, ``ceil(1 / rate) - 1``.
 
     Args:
         rate: False-alarm rate, between 0 and 1.
@@ -27,16 +28,16 @@ def images_needed(rate: float) -> int:
 
 
 def threshold_rank(images: int, rate: float) -> int:
-    """Which of the held-out scores, in ascending order and counted from 1, is the threshold.
+    """Which of the reference scores, in ascending order and counted from 1, is the threshold.
 
-    It is the ``ceil((n + 1) (1 - rate))``-th. If n held-out images and a new normal one are exchangeable, each of the
+    It is the ``ceil((n + 1) (1 - rate))``-th. If n reference images and a new normal one are exchangeable, each of the
     n + 1 ranks of the new score is equally likely, so that it lies above the threshold with a probability of at most
     ``rate``, and of more than ``rate - 1 / (n + 1)`` where no two scores are equal. That holds for any model, any
-    distribution and every n, on average over the draw of the held-out images; of one draw the rate itself is random
-    and follows a Beta(l, n + 1 - l) distribution, ``l = floor((n + 1) rate)``: more held-out images bring it closer.
+    distribution and every n, on average over the draw of the reference images; of one draw the rate itself is random
+    and follows a Beta(l, n + 1 - l) distribution, ``l = floor((n + 1) rate)``: more reference images bring it closer.
 
     Args:
-        images: Number n of held-out normal images.
+        images: Number n of reference images.
         rate: False-alarm rate, between 0 and 1.
 
     Raises:
@@ -50,10 +51,10 @@ def threshold_rank(images: int, rate: float) -> int:
 
 
 def check_enough(images: int, rate: float) -> None:
-    """Refuse a rate that so many held-out images cannot vouch for.
+    """Refuse a rate that so many reference images cannot vouch for.
 
     Args:
-        images: Number of held-out normal images.
+        images: Number of reference images.
         rate: False-alarm rate.
 
     Raises:
@@ -68,21 +69,25 @@ def check_enough(images: int, rate: float) -> None:
         raise CflowError(msg)
 
 
-def p_values(scores: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
-    r"""Conformal p-values, ``(1 + #{held-out scores >= score}) / (n + 1)``.
+def p_values(scores: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
+    r"""Conformal p-values, ``(1 + #{reference scores >= score}) / (n + 1)``.
 
-    For a normal image that is exchangeable with the held-out ones, :math:`P(p \le a) \le a` for every a.
+    For a normal image that is exchangeable with the reference images, :math:`P(p \le a) \le a` for every a.
 
     Args:
         scores: Any shape.
-        held_out: Held-out scores in ascending order, ``(n,)``.
+        reference: Scores of the reference images in ascending order, ``(n,)``, in the number format of ``scores``.
 
     Returns:
-        p-values between ``1 / (n + 1)`` and 1, shaped as ``scores``.
+        p-values between ``1 / (n + 1)`` and 1, shaped as ``scores``, in double precision: in single precision 1 / 20
+        is more than 0.05.
+
+    Example:
+        >>> p_values([0.1, 0.5, 0.9], [0.2, 0.4, 0.6, 0.8])
+        array([1. , 0.6, 0.2])
     """
-    images = len(held_out)
-    below = torch.searchsorted(held_out, scores.to(held_out).contiguous())
-    return (1 + images - below).to(held_out.dtype) / (images + 1)
+    images = len(np.asarray(reference))
+    return (1 + images - np.searchsorted(reference, scores)) / (images + 1)
 
 
 def _exact(rate: float) -> Fraction:

@@ -3,11 +3,11 @@
 __all__ = ["Gallery"]
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+from cflow_plugin.buffers import take_shapes_from_checkpoints
 from cflow_plugin.errors import CflowError
 
 # Distances computed at once: few enough for a processor's cache, enough to keep a GPU busy.
@@ -47,14 +47,8 @@ class Gallery(nn.Module):
         self.register_buffer("sizes", torch.zeros(scales, 2, dtype=torch.long))
         for scale in range(scales):
             self.register_buffer(f"scale_{scale}", torch.empty(0, 0, 0))
+        take_shapes_from_checkpoints(self, with_dtypes=True)
         self._collected: list[tuple[torch.Tensor, ...]] = []
-
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        for name, buffer in self.named_buffers():
-            given = state_dict.get(prefix + name)
-            if given is not None and given.ndim == buffer.ndim:
-                setattr(self, name, torch.empty_like(given, device=buffer.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __len__(self) -> int:
         """Number of images."""

@@ -3,35 +3,33 @@
 __all__ = ["Spade"]
 
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
-from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
+from cflow_plugin.anomalib_patches.registration import publish
 from cflow_plugin.baselines.spade.torch_model import SpadeModel
-from cflow_plugin.checkpoints import use_checkpoint_files
 from cflow_plugin.errors import CflowError
-from cflow_plugin.evaluation import CflowEvaluator, write_metrics
-from cflow_plugin.image_check import ImageFileCheck
-from cflow_plugin.pre_processing import CflowPreProcessor
+from cflow_plugin.images.checking import ImageFileCheck
+from cflow_plugin.model import weights as encoder_weights
+from cflow_plugin.training.checkpoints import use_checkpoint_files
+from cflow_plugin.training.one_class import OneClassMixin
 
 logger = logging.getLogger(__name__)
 
 
-class Spade(MemoryBankMixin, AnomalibModule):
+class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
     """SPADE: the nearest training images, and the nearest positions in their feature pyramids.
 
     Nothing is learned: the features of all training images are kept and travel in the checkpoint (at 256×256 some 1.8
@@ -99,26 +97,11 @@ class Spade(MemoryBankMixin, AnomalibModule):
     # What anomalib asks a model
 
     @property
-    def learning_type(self) -> LearningType:
-        """One-class: training images are good parts."""
-        return LearningType.ONE_CLASS
-
-    @property
     def trainer_arguments(self) -> dict[str, Any]:
         """One pass over the training images, on one device."""
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
         warnings.filterwarnings("ignore", message=".*returned `None`, this fit will run with no optimizer")
         return {"max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
-
-    @classmethod
-    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize and normalise."""
-        return CflowPreProcessor(super().configure_pre_processor(image_size).transform)
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Image AUROC and F1, pixel AUROC, AUPRO and F1."""
-        return CflowEvaluator()
 
     @staticmethod
     def configure_optimizers() -> None:
@@ -134,7 +117,7 @@ class Spade(MemoryBankMixin, AnomalibModule):
         """Load the encoder's weights, unless a checkpoint brings them."""
         use_checkpoint_files(self.trainer)
         if stage == "fit" and self.trainer.ckpt_path is None:
-            self.model.encoder.load(self.weights, self.pre_trained)
+            encoder_weights.load(self.model.encoder, self.weights, self.pre_trained)
 
     def on_train_epoch_start(self) -> None:
         """Begin a gallery, also where the model had one from an earlier training."""
@@ -155,17 +138,6 @@ class Spade(MemoryBankMixin, AnomalibModule):
         logger.info("The gallery of %d training images takes %.0f MiB.", len(gallery), gallery.megabytes)
         if len(gallery) < self.model.k:
             logger.warning("There are %d training images, fewer than k = %d: all are used.", len(gallery), self.model.k)
-
-    # Use
-
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score a batch of validation images."""
-        del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
-
-    def on_test_end(self) -> None:
-        """Write the metrics next to the pictures."""
-        write_metrics(self.trainer)
 
     # Export
 
@@ -196,5 +168,4 @@ class Spade(MemoryBankMixin, AnomalibModule):
         )
 
 
-# As CflowPlugin: `anomalib benchmark` looks a model up among the attributes of anomalib's package.
-sys.modules["anomalib.models"].Spade = Spade
+publish("anomalib.models", Spade)

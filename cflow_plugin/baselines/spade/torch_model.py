@@ -11,8 +11,8 @@ from torch.nn import functional
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from cflow_plugin.baselines.spade.gallery import Gallery
-from cflow_plugin.encoder import Encoder
 from cflow_plugin.errors import CflowError
+from cflow_plugin.model.encoder import Encoder
 
 # The scales of scores are medians over this many training images; any value of their order serves.
 _CALIBRATION_IMAGES = 8
@@ -30,7 +30,7 @@ class SpadeModel(nn.Module):
     one for pixels, are medians of training images' distances to other training images.
 
     Args:
-        backbone: Name of the encoder, see :class:`~cflow_plugin.encoder.Encoder`.
+        backbone: Name of the encoder, see :class:`~cflow_plugin.model.encoder.Encoder`.
         layers: Layers of the pyramid.
         image_layer: Layer whose average describes the image.
         k: Training images to retrieve.

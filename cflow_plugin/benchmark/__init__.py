@@ -1,5 +1,0 @@
-"""How fast and how large: this model beside others, and beside the paper's Table 6."""
-
-__all__ = ["benchmark"]
-
-from cflow_plugin.benchmark.speed import benchmark

@@ -1,0 +1,36 @@
+"""Buffers whose shape is known only when they are filled, or loaded."""
+
+__all__ = ["take_shapes_from_checkpoints"]
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def take_shapes_from_checkpoints(module: nn.Module, with_dtypes: bool = False) -> None:
+    """Let ``load_state_dict`` give a module's own buffers the shapes that it finds.
+
+    Buffers of another number of dimensions are left alone, for ``load_state_dict`` to complain of.
+
+    Args:
+        module: The module.
+        with_dtypes: Take over the number formats as well.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.register_buffer("scores", torch.empty(0))
+        >>> take_shapes_from_checkpoints(module)
+        >>> module.load_state_dict({"scores": torch.ones(3)})
+        <All keys matched successfully>
+    """
+    module.register_load_state_dict_pre_hook(partial(_take_shapes, with_dtypes))
+
+
+def _take_shapes(with_dtypes: bool, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        given = state_dict.get(prefix + name)
+        if isinstance(given, torch.Tensor) and given.ndim == buffer.ndim:
+            dtype = given.dtype if with_dtypes else buffer.dtype
+            setattr(module, name, torch.empty_like(given, device=buffer.device, dtype=dtype))

@@ -1,0 +1,1 @@
+"""What the ``cflow-plugin`` command runs: a file or folder for each subcommand. Nothing else imports from here."""

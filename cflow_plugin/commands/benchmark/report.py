@@ -1,0 +1,182 @@
+"""Figures of speed as a table on the screen, and as Markdown, CSV, JSON and a plot."""
+
+__all__ = ["describe_machine", "left_out", "print_table", "write_report"]
+
+import csv
+import itertools
+import json
+import platform
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from math import isnan
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from cflow_plugin.commands.compare.published import CAPTIONS, published_table
+from cflow_plugin.files import atomic_file
+
+# What the paper's rows are called among the measured ones, so that both share a colour.
+_MEASURED_AS = {"CFLOW-AD": "CflowPlugin", "PaDiM": "Padim", "SPADE": "Spade"}
+_COLUMNS = {
+    "model": "model",
+    "backbone": "encoder",
+    "size": "size",
+    "batch": "batch",
+    "runtime": "runtime",
+    "executed": "executed in",
+    "p50_ms": "p50 ms",
+    "p90_ms": "p90 ms",
+    "p99_ms": "p99 ms",
+    "fps": "fps",
+    "fps_throughput": "fps, throughput mode",
+    "file_mb": "file MB",
+    "parameters_mb": "parameters MB",
+    "peak_memory_mb": "peak memory MB",
+    "export_seconds": "export s",
+}
+_VARIED = ("backbone", "size", "batch")
+_MAIN_COLUMNS = ("runtime", "precision", "p50_ms", "fps", "file_mb")
+_NAMED = 3  # combinations that are named one by one
+
+
+def describe_machine(threads: int) -> dict:
+    """What figures depend on beside the code."""
+    versions = {}
+    for package in ("cflow-plugin", "anomalib", "torch", "openvino", "onnxruntime", "nncf"):
+        try:
+            versions[package] = f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "system": platform.platform(),
+        "threads": threads,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def left_out(skipped: dict[str, list[str]]) -> list[str]:
+    """A line for each reason why something was not timed, with what it befell."""
+    lines = []
+    for reason, names in skipped.items():
+        what = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} combinations, such as {names[0]}"
+        lines.append(f"Left out, for {reason}: {what}.")
+    return lines
+
+
+def print_table(rows: list[dict], console: Console) -> None:
+    """Show the figures, on a narrow screen those that matter most."""
+    table = _table(rows, box.SIMPLE_HEAD, _COLUMNS)
+    if Measurement.get(console, console.options.update(width=1000), table).maximum > console.width:
+        varied = [key for key in _VARIED if len({row.get(key) for row in rows}) > 1]
+        table = _table(rows, box.SIMPLE_HEAD, ["model", *varied, *_MAIN_COLUMNS])
+    console.print(table)
+
+
+def _table(rows: list[dict], style: box.Box, columns: Iterable[str]) -> Table:
+    table = Table(box=style, pad_edge=style is box.MARKDOWN)
+    for key in columns:
+        justify = "right" if any(isinstance(row.get(key), float) for row in rows) else "left"
+        table.add_column(_COLUMNS.get(key, key), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(_format(row.get(key)) for key in columns))
+    return table
+
+
+def _format(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """Write ``speed.json``, ``speed.csv``, ``speed.md`` and ``speed.png``.
+
+    Args:
+        report: Machine and rows.
+        folder: Where to; it is made if need be.
+    """
+    rows = report["rows"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "speed.json") as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+    with atomic_file(folder / "speed.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["precision", *_COLUMNS, "runs"])
+        writer.writeheader()
+        writer.writerows(rows)
+    machine = report["machine"]
+    with atomic_file(folder / "speed.md") as partial, partial.open("w") as file:
+        console = Console(file=file, width=400)
+        console.print(
+            f"{machine['processor']}, {machine['threads']} threads; {', '.join(machine['versions'].values())}"
+        )
+        console.print()
+        console.print(_table(rows, box.MARKDOWN, _COLUMNS))
+        console.print(f"Published, Table 6. {CAPTIONS[6]}:\n")
+        console.print(_published())
+        for line in left_out(report["left_out"]):
+            console.print(line)
+    with atomic_file(folder / "speed.png") as partial:
+        _plot(rows).savefig(partial, format="png", dpi=150)
+
+
+def _published() -> Table:
+    table = Table("model", "encoder", "fps at 256", "fps at 512", "size MB", box=box.MARKDOWN)
+    for row in published_table(6).itertuples():
+        figures = (row.fps_256, row.fps_512, row.mvtec_mb)
+        table.add_row(row.model, row.encoder, *("" if isnan(figure) else f"{figure:g}" for figure in figures))
+    return table
+
+
+def _plot(rows: list[dict]) -> Figure:
+    """Speed against size on disk (in parameters where there is no file), the paper's figures among them."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.add_subplot()
+    points = [
+        (
+            row["model"],
+            f"{row['runtime']} {row['precision']}, {row['size']}², batch {row['batch']}",
+            row.get("file_mb") or row["parameters_mb"],
+            row["fps"],
+            row["backbone"],
+        )
+        for row in rows
+    ]
+    measured = {row["backbone"] for row in rows}
+    points += [
+        (_MEASURED_AS.get(row.model, row.model), "published", row.mvtec_mb, row.fps_256, row.encoder)
+        for row in published_table(6).itertuples()
+        if row.encoder in measured
+    ]
+    # A colour for each model and a marker for each way of running it.
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(point[0] for point in points))}
+    markers = dict(zip(dict.fromkeys(point[1] for point in points), itertools.cycle("osD^v<>PXhp*"), strict=False))
+    for model, way, size, speed, backbone in points:
+        axes.plot(size, speed, markers[way], color=colours[model], markersize=7)
+        if len(measured) > 1:
+            axes.annotate(backbone, (size, speed), fontsize=6, xytext=(5, 3), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="size, MB", ylabel="images a second")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    handles = [Line2D([], [], marker="s", linestyle="", color=colour, label=name) for name, colour in colours.items()]
+    handles += [
+        Line2D([], [], marker=marker, linestyle="", color="black", label=way) for way, marker in markers.items()
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+    return figure

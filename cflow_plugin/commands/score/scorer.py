@@ -1,0 +1,127 @@
+"""Images in, rows out: what both engines do with a batch."""
+
+__all__ = ["Scorer", "Settings"]
+
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openvino as ov
+
+from cflow_plugin.commands.score.parts import Row
+from cflow_plugin.deploy.runtime import compile_exported
+from cflow_plugin.images.reading import ImageFileError, read_image
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are scored.
+
+    Attributes:
+        model: The exported model.
+        root: What relative paths are relative to.
+        maps: Whether anomaly maps are wanted.
+        device: OpenVINO device.
+        precision: What OpenVINO computes in where the model is not INT8.
+        threads: CPU threads; all where ``None``.
+    """
+
+    model: Path
+    root: Path
+    maps: bool
+    device: str
+    precision: str
+    threads: int | None
+
+
+class Scorer:
+    """An exported model, with threads that read images ahead of it.
+
+    Only the thread that calls it hands images to OpenVINO: its requests must not be filled by several Python threads,
+    which can wait for each other for ever.
+
+    Args:
+        settings: How images are scored.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        compiled = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
+        self._queue = ov.AsyncInferQueue(compiled)
+        self._queue.set_callback(self._keep)
+        self._alone = compiled.create_infer_request()
+        self._readers = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1)
+
+    def __call__(self, batch: list[str]) -> list[Row]:
+        """Score a batch; whatever is wrong with an image becomes the error of its row.
+
+        Args:
+            batch: Paths.
+
+        Returns:
+            A row for each, in this order.
+        """
+        rows: list[Row | None] = [None] * len(batch)
+        reading: deque[tuple[int, Future[np.ndarray | str]]] = deque()
+        ahead = 2 * len(self._queue) + 2  # so many images are in memory, and no more
+        for place, path in enumerate(batch):
+            reading.append((place, self._readers.submit(self._read, path)))
+            if len(reading) > ahead:
+                self._start(batch, rows, *reading.popleft())
+        while reading:
+            self._start(batch, rows, *reading.popleft())
+        try:
+            self._queue.wait_all()
+        except RuntimeError:  # of an image, but it does not say of which; those without a row are tried one by one
+            self._queue = ov.AsyncInferQueue(self._alone.get_compiled_model())
+            self._queue.set_callback(self._keep)
+        return [row or self._once_more(path) for row, path in zip(rows, batch, strict=True)]
+
+    def _read(self, path: str) -> np.ndarray | str:
+        try:
+            return read_image(self.settings.root / path)
+        except ImageFileError as error:
+            return f"cannot be used as an image: {error.reason}"
+
+    def _start(self, batch: list[str], rows: list[Row | None], place: int, reader: Future[np.ndarray | str]) -> None:
+        image = reader.result()
+        if isinstance(image, str):
+            rows[place] = Row(batch[place], error=image)
+            return
+        with suppress(RuntimeError):  # without a row it is tried again, alone
+            self._queue.start_async([image[None]], (batch, rows, place))
+
+    def _keep(self, request: ov.InferRequest, job: tuple[list[str], list[Row | None], int]) -> None:
+        batch, rows, place = job
+        rows[place] = self._row(batch[place], request)
+
+    def _once_more(self, path: str) -> Row:
+        image = self._read(path)
+        if isinstance(image, str):
+            return Row(path, error=image)
+        try:
+            self._alone.infer([image[None]])
+        except RuntimeError as error:
+            return Row(path, error=f"could not be scored: {str(error).strip().splitlines()[-1]}")
+        return self._row(path, self._alone)
+
+    def _row(self, path: str, request: ov.InferRequest) -> Row:
+        score = float(request.get_tensor("pred_score").data.flat[0])
+        if not np.isfinite(score):
+            return Row(path, error="could not be scored: the score is not a finite number")
+        anomaly_map = _png(request.get_tensor("anomaly_map").data[0, 0]) if self.settings.maps else None
+        return Row(path, score, bool(request.get_tensor("pred_label").data.flat[0]), None, anomaly_map)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._readers.shutdown(cancel_futures=True)
+
+
+def _png(anomaly_map: np.ndarray) -> bytes:
+    levels = np.rint(255 * np.clip(anomaly_map, 0, 1)).astype(np.uint8)
+    return cv2.imencode(".png", levels)[1].tobytes()

@@ -1,0 +1,118 @@
+"""Where images come from when there is no data set: a folder, a video or a camera."""
+
+__all__ = ["CameraLost", "Frame", "Source", "open_source"]
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from cflow_plugin.errors import CflowError
+from cflow_plugin.images.listing import IMAGES, natural_order
+from cflow_plugin.images.reading import ImageFileError, read_image
+
+logger = logging.getLogger(__name__)
+
+
+class CameraLost(CflowError):
+    """A camera gives no more images."""
+
+
+class Frame(NamedTuple):
+    """One image of a source.
+
+    Attributes:
+        name: Path below the folder, or the number of the frame in six digits.
+        time: Seconds since the first image.
+        image: Shape ``(H, W, 3)``, bytes, blue first; or what is wrong with the file.
+    """
+
+    name: str
+    time: float
+    image: np.ndarray | ImageFileError
+
+
+class Source(NamedTuple):
+    """Images in their order.
+
+    Attributes:
+        frames: The images, each read when it is asked for; a camera's have no end but :class:`CameraLost`.
+        total: Their number, ``None`` where it is not known.
+        is_film: Whether they are the frames of one video or camera, all of one size.
+        rate: Frames a second where these are known to be evenly spaced.
+    """
+
+    frames: Iterator[Frame]
+    total: int | None
+    is_film: bool
+    rate: float | None
+
+
+def open_source(source: str, frame_rate: float) -> Source:
+    """Open a folder, an image, a video file or a camera.
+
+    Args:
+        source: Its path, or the number of a camera.
+        frame_rate: Images a second in a folder.
+
+    Raises:
+        CflowError: If there is nothing at that path or it cannot be opened.
+    """
+    path = Path(source)
+    if source.isdigit() or (path.is_file() and path.suffix.lower() not in IMAGES):
+        return _open_film(source)
+    if not path.exists():
+        message = f"There is nothing at {source}: name a folder, an image, a video file or the number of a camera."
+        raise CflowError(message)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in IMAGES]
+    root = path.parent if path.is_file() else path
+    files = sorted((file.relative_to(root) for file in files), key=natural_order)
+    frames = (Frame(str(file), index / frame_rate, _try_to_read(root / file)) for index, file in enumerate(files))
+    return Source(frames, len(files), is_film=False, rate=frame_rate)
+
+
+def _open_film(source: str) -> Source:
+    is_camera = source.isdigit()
+    capture = cv2.VideoCapture(int(source) if is_camera else source)
+    if not capture.isOpened():
+        what = f"camera {source}" if is_camera else f"{source} as a video"
+        message = f"{what} could not be opened."
+        raise CflowError(message)
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    rate = None if is_camera or not rate > 0 else rate
+    total = count if count > 0 and not is_camera else None
+    return Source(_film_frames(capture, source, total, rate, is_camera), total, is_film=True, rate=rate)
+
+
+def _film_frames(
+    capture: cv2.VideoCapture, source: str, total: int | None, rate: float | None, is_camera: bool
+) -> Iterator[Frame]:
+    index, start = 0, None
+    try:
+        while True:
+            there, image = capture.read()
+            if not there:
+                break
+            now = time.monotonic()
+            start = now if start is None else start
+            yield Frame(f"{index:06d}", index / rate if rate else now - start, image)
+            index += 1
+    finally:
+        capture.release()
+    if is_camera:
+        message = f"Camera {source} gave no more images after {index}, which are scored. Check its cable; start again."
+        raise CameraLost(message)
+    if total is not None and index < total:
+        logger.warning("%s ends after %d frames, though its header speaks of %d.", source, index, total)
+
+
+def _try_to_read(path: Path) -> np.ndarray | ImageFileError:
+    try:
+        return read_image(path)
+    except ImageFileError as error:
+        return error

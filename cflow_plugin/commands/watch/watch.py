@@ -1,0 +1,252 @@
+"""Run an exported model on a folder of images, a video or a camera, and show what it sees."""
+
+__all__ = ["watch"]
+
+import csv
+import json
+import logging
+import math
+import time
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from cflow_plugin.commands.watch.score_plot import plot_scores
+from cflow_plugin.commands.watch.sources import CameraLost, open_source
+from cflow_plugin.commands.watch.timeline import Smoother, Truth, frame_auroc, read_truth
+from cflow_plugin.decisions.conformal import p_values
+from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.deploy.runtime import compile_exported
+from cflow_plugin.errors import CflowError
+from cflow_plugin.files import atomic_file
+from cflow_plugin.images.reading import ImageFileError
+
+logger = logging.getLogger(__name__)
+
+_RED, _GREEN = (60, 60, 230), (80, 180, 60)  # blue, green, red
+_FRAME_RATE_MEMORY = 0.9  # of the running mean, a frame
+_TABLE, _PLOT, _METRICS = "scores.csv", "score_over_time.png", "metrics.json"
+_FILM = "overlay.avi"  # can be played as far as it was written, where an .mp4 that was cut off is lost
+_ANOMALIB_THRESHOLD = 0.5  # where anomalib's normalisation of scores puts it
+
+
+def watch(
+    model: Path,
+    source: str,
+    output: Path = Path("results/watch"),
+    show: bool = False,
+    overlays: bool = True,
+    device: str = "CPU",
+    precision: Literal["f32", "bf16", "f16"] = "f32",
+    limit: int | None = None,
+    smoothing: float = 0.0,
+    threshold: float | None = None,
+    frame_rate: float = 25.0,
+    truth: Path | None = None,
+) -> None:
+    """Score images as they come, with an exported model.
+
+    Each score goes to ``scores.csv`` in the output folder as soon as it is there (with its conformal p-value, where the
+    model was trained with a false-alarm rate), and pictures with the anomaly map over the image beside it: in
+    ``overlays`` one for each image of a folder, or ``overlay.avi`` for a video or camera. An earlier run's table and
+    video are kept under the time at which it ended. At the end ``score_over_time.png`` shows all scores, and with
+    ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
+
+    Args:
+        model: The .xml (or .onnx) file that ``anomalib export`` wrote.
+        source: A folder, an image, a video file, or the number of a camera (0 is the first). A folder's images are
+            taken in natural order, 9.jpg before 10.jpg.
+        output: Folder for the results.
+        show: Show the pictures in a window.
+        overlays: Write the pictures to files.
+        device: OpenVINO device, for example CPU, GPU or AUTO.
+        precision: What OpenVINO computes in where the model is not INT8.
+        limit: End after this many images.
+        smoothing: Smooth scores over about this many seconds of the past, and decide by the smoothed score.
+        threshold: Scores above it are anomalies. By default the model decides, and smoothed scores are held against
+            0.5, where anomalib's models have their threshold.
+        frame_rate: Images a second in a folder, for the time of each; a video and a camera know theirs.
+        truth: What is truly anomalous: a .npy file with one number a frame (ShanghaiTech's test_frame_mask), or a CSV
+            file with the first and last frame of each anomaly, counted from 0.
+    """
+    smoother = Smoother(smoothing)
+    if not frame_rate > 0:
+        message = f"The frame rate must be above 0, got {frame_rate}."
+        raise CflowError(message)
+    known = None if truth is None else read_truth(truth)
+    compiled = compile_exported(model, device, precision)
+    good = read_reference_scores(model)
+    frames, total, is_film, rate = open_source(source, frame_rate)
+    if known is not None and known.total not in (None, total) and not is_film:
+        message = f"{truth} is of {known.total} frames, but {source} holds {total} images: is it of another clip?"
+        raise CflowError(message)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (_PLOT, _METRICS):  # an earlier run's, which would be taken for this one's
+        (output / name).unlink(missing_ok=True)
+    for name in (_TABLE, _FILM):
+        _set_aside(output / name)
+    unscored: list[str] = []
+    lost: CameraLost | None = None
+    history = _History()
+    speed = 0.0
+    with ExitStack() as stack:
+        file = stack.enter_context((output / _TABLE).open("w", newline="", encoding="utf-8"))
+        table = csv.writer(file)
+        columns = ["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"]
+        table.writerow([*columns, *(["p_value"] if good is not None else [])])
+        progress = stack.enter_context(Progress(transient=True))
+        task = progress.add_task("Watching", total=min(total, limit) if total and limit else total or limit)
+        film: cv2.VideoWriter | None = None
+        try:
+            for index, (name, moment, frame) in enumerate(frames):
+                if limit is not None and len(history.scores) >= limit:
+                    break
+                if isinstance(frame, ImageFileError):
+                    unscored.append(name)
+                    logger.warning("%s It is left out.", frame)
+                    continue
+                start = time.perf_counter()
+                result = compiled([frame[None]])
+                spent = time.perf_counter() - start
+                score = float(result["pred_score"][0])
+                if not math.isfinite(score):
+                    unscored.append(name)
+                    logger.warning("%s has a score that is not a finite number. It is left out.", name)
+                    continue
+                speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) / spent if history.scores else 1 / spent
+                smoothed = smoother(moment, score)
+                if threshold is None and smoothing == 0:
+                    anomalous = bool(result["pred_label"][0])
+                else:
+                    anomalous = smoothed > (_ANOMALIB_THRESHOLD if threshold is None else threshold)
+                history.add(index, moment, score, smoothed)
+                shown = [f"{moment:.3f}", f"{score:.6f}", f"{smoothed:.6f}", int(anomalous), f"{1000 * spent:.2f}"]
+                p_value = [] if good is None else [f"{p_values(score, good):.6f}"]
+                table.writerow([index, name, *shown, *p_value])
+                file.flush()
+                progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
+                if not (show or overlays):
+                    continue
+                picture = _overlay(frame, result["anomaly_map"][0, 0], smoothed, anomalous, speed)
+                if overlays and is_film:
+                    if film is None:
+                        film = cv2.VideoWriter(
+                            str(output / _FILM),
+                            cv2.VideoWriter.fourcc(*"XVID"),
+                            rate or frame_rate,
+                            picture.shape[1::-1],
+                        )
+                        stack.callback(film.release)
+                    film.write(picture)
+                elif overlays:
+                    _write(output / "overlays" / (name if name.lower().endswith(".png") else f"{name}.png"), picture)
+                if show and _shown(picture):
+                    break
+        except KeyboardInterrupt:
+            logger.info("Ended by the user.")
+        except CameraLost as error:
+            lost = error
+    count = len(history.scores)
+    if count:
+        history.report(output, smoothing > 0, _ANOMALIB_THRESHOLD if threshold is None else threshold, known)
+    logger.info("%d images, %.1f a second at last; results are in %s.", count, speed, output.resolve())
+    if unscored:
+        message = (
+            f"{len(unscored)} images could not be scored ({', '.join(unscored[:3])}…); all others are in scores.csv."
+        )
+        raise CflowError(message)
+    if lost is not None:
+        raise lost
+    if count == 0:
+        message = f"There is no image in {source}."
+        raise CflowError(message)
+
+
+class _History:
+    """All that was scored, in 32 bytes a frame."""
+
+    def __init__(self) -> None:
+        self.frames = array("q")
+        self.times = array("d")
+        self.scores = array("d")
+        self.smoothed = array("d")
+
+    def add(self, frame: int, moment: float, score: float, smoothed: float) -> None:
+        for series, value in zip(
+            (self.frames, self.times, self.scores, self.smoothed), (frame, moment, score, smoothed), strict=True
+        ):
+            series.append(value)
+
+    def report(self, output: Path, is_smoothed: bool, threshold: float, known: Truth | None) -> None:
+        """Write the plot and, where the truth is known, the metrics."""
+        truth = None if known is None else known.of(self.frames)
+        smoothed = self.smoothed if is_smoothed else None
+        title = "" if known is None else self._measure(output, smoothed, truth, known.total)
+        plot_scores(output / _PLOT, self.times, self.scores, smoothed, threshold, truth, title)
+
+    def _measure(
+        self, output: Path, smoothed: Sequence[float] | None, truth: NDArray[np.bool_], total: int | None
+    ) -> str:
+        """Write the frame-level AUROC, and return it in words."""
+        judged = np.full(len(truth), True) if total is None else np.asarray(self.frames) < total
+        if not judged.all():
+            logger.warning("The ground truth ends at frame %d; later frames are left out of the AUROC.", total - 1)
+        truth = truth[judged]
+        metrics = {"frame_AUROC": frame_auroc(np.asarray(self.scores)[judged], truth)}
+        if metrics["frame_AUROC"] is None:
+            what = "nothing normal" if truth.any() else "no anomaly"
+            logger.warning("The frame-level AUROC is left out: there is %s among the frames scored.", what)
+            return ""
+        if smoothed is not None:
+            metrics["frame_AUROC_smoothed"] = frame_auroc(np.asarray(smoothed)[judged], truth)
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+        logger.info("%s (%d frames, %d of them anomalous)", words, len(truth), truth.sum())
+        with atomic_file(output / _METRICS) as partial:
+            partial.write_text(json.dumps(metrics, indent=2) + "\n")
+        return words
+
+
+def _set_aside(path: Path) -> None:
+    """Keep what an earlier run, perhaps of weeks on a line, has written, under the time at which it ended."""
+    if path.exists():
+        end = datetime.fromtimestamp(path.stat().st_mtime)
+        path.rename(path.with_stem(f"{path.stem}_{end:%Y-%m-%d_%H-%M-%S-%f}"))
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _, data = cv2.imencode(path.suffix, picture)
+    path.write_bytes(data)  # unlike NumPy's own writer it says when the disk is full
+
+
+def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, score: float, anomalous: bool, rate: float) -> np.ndarray:
+    """The image under its anomaly map, with score and frame rate, as bytes, blue first."""
+    size = frame.shape[1::-1]
+    heat = cv2.resize((255 * np.clip(anomaly_map, 0, 1)).astype(np.uint8), size)
+    picture = cv2.addWeighted(frame, 0.6, cv2.applyColorMap(heat, cv2.COLORMAP_JET), 0.4, 0)
+    height = max(14, size[1] // 16)
+    text = f"{'ANOMALY' if anomalous else 'good'} {score:.3f}  {rate:.0f} fps"
+    scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height // 2)
+    cv2.rectangle(picture, (0, 0), (size[0], height), _RED if anomalous else _GREEN, cv2.FILLED)
+    cv2.putText(
+        picture, text, (4, int(0.75 * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA
+    )
+    return picture
+
+
+def _shown(picture: np.ndarray) -> bool:
+    """Show a picture; whether the user wants to end."""
+    try:
+        cv2.imshow("cflow-plugin", picture)
+        return cv2.waitKey(1) & 0xFF == ord("q")
+    except cv2.error as error:
+        message = "This OpenCV cannot open windows; leave --show out and look at the pictures in the output folder."
+        raise CflowError(message) from error

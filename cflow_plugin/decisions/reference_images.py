@@ -1,0 +1,283 @@
+"""Which good images are held out of training as a reference for decisions."""
+
+__all__ = ["ReferenceImages", "choose_reference"]
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule, PredictDataset
+from anomalib.data.utils import ValSplitMode
+from anomalib.post_processing import PostProcessor
+from lightning import Trainer
+from pandas import DataFrame
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from cflow_plugin.decisions.conformal import check_enough, images_needed
+from cflow_plugin.decisions.post_processing import ConformalPostProcessor
+from cflow_plugin.errors import CflowError
+from cflow_plugin.images.loading import loader_of_part
+from cflow_plugin.images.reading import check_images
+
+logger = logging.getLogger(__name__)
+
+_AUTOMATIC_RATE = 0.05
+
+
+class ReferenceImages:
+    """The good images that set a model's thresholds, and where they come from.
+
+    These are the images of a folder, where one is given; or else the validation images, where all of them are good and
+    they are enough; or else a random part of the training images.
+
+    Args:
+        share: Share of the training images to hold out where the rate does not need more.
+        folder: Folder of other good images.
+        may_choose_rate: Take a rate where none is asked for and other thresholds would not be sound.
+
+    Attributes:
+        loader: Loader of the images, or ``None`` where thresholds do not come from any.
+        chosen: Which training images are held out (``indices``), of how many (``images``); a resumed run needs it.
+
+    Raises:
+        CflowError: If the share is out of range.
+    """
+
+    def __init__(self, share: float, folder: str | None, may_choose_rate: bool) -> None:
+        if not 0 < share <= 0.5:
+            msg = f"held_out_share must lie above 0 and not above 0.5, got {share}."
+            raise CflowError(msg)
+        self._share = share
+        self._folder = folder
+        self._may_choose_rate = may_choose_rate
+        self.loader: DataLoader | None = None
+        self.chosen: dict[str, Any] | None = None
+
+    def hold_out(
+        self,
+        images: DataLoader,
+        post_processor: nn.Module | None,
+        trainer: Trainer,
+        seed: int,
+        training_has_begun: bool,
+    ) -> DataLoader:
+        """Set good images aside for the thresholds, if a false-alarm rate is to be kept.
+
+        Args:
+            images: Loader of training images.
+            post_processor: The model's; takes a rate where :meth:`choose_rate` chooses one.
+            trainer: The trainer, with the data.
+            seed: Seed of the choice.
+            training_has_begun: Whether the model may have seen all images already.
+
+        Returns:
+            Loader of the images to train on.
+
+        Raises:
+            CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
+        """
+        if isinstance(post_processor, PostProcessor):
+            self.choose_rate(post_processor, trainer, len(images.dataset), training_has_begun)
+        if not (isinstance(post_processor, ConformalPostProcessor) and post_processor.is_conformal):
+            return images
+        # Thresholds of an earlier training would not fit the weights that are saved from now on.
+        post_processor.forget()
+        rate = post_processor.target_false_alarm_rate
+        return self.take_from(images, trainer.datamodule, rate, seed, training_has_begun)
+
+    def choose_rate(
+        self, post_processor: PostProcessor, trainer: Trainer, images: int, training_has_begun: bool
+    ) -> None:
+        """Take a false-alarm rate where thresholds that maximise F1 on the validation images would not be sound.
+
+        Args:
+            post_processor: Takes the rate, unless it has one.
+            trainer: Its data are judged; where their validation is switched off, nothing is done.
+            images: Number of training images.
+            training_has_begun: Whether the model may have seen all of them already.
+        """
+        data = trainer.datamodule
+        validation_is_off = not trainer.limit_val_batches and hasattr(data, "val_data")
+        if validation_is_off or getattr(post_processor, "target_false_alarm_rate", None) is not None:
+            return
+        reason = None if data is None else _why_not_f1(data)
+        needed = images_needed(_AUTOMATIC_RATE)
+        if self._may_choose_rate and (
+            self._folder is not None
+            or (reason and _good_validation_images(data) >= needed)
+            or (reason and images >= 2 * needed and not training_has_begun)
+        ):
+            logger.info(
+                "%s; thresholds are set for a false-alarm rate of %g (--model.target_false_alarm_rate).",
+                reason or "Good images to set thresholds by are given",
+                _AUTOMATIC_RATE,
+            )
+            post_processor.target_false_alarm_rate = _AUTOMATIC_RATE
+        elif reason:
+            logger.warning(
+                "%s; decision thresholds that maximise F1 on validation images cannot be trusted here. With at least "
+                "%d good training images and --model.target_false_alarm_rate %g they come from good images alone.",
+                reason,
+                2 * needed,
+                _AUTOMATIC_RATE,
+            )
+
+    def take_from(
+        self, images: DataLoader, data: AnomalibDataModule | None, rate: float, seed: int, training_has_begun: bool
+    ) -> DataLoader:
+        """Set images aside.
+
+        Args:
+            images: Loader of training images.
+            data: Where they are from, or ``None``.
+            rate: False-alarm rate to be kept.
+            seed: Seed of the choice.
+            training_has_begun: Whether the model may have seen all of them already, where none was held out.
+
+        Returns:
+            Loader of the images to train on.
+
+        Raises:
+            CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
+        """
+        total = len(images.dataset)
+        if self._folder is not None:
+            self.loader = _given_images(self._folder)
+            check_enough(len(self.loader.dataset), rate)
+            return images
+        if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):
+            logger.info("The thresholds come from the %d validation images, all good.", _good_validation_images(data))
+            _warn_of_few_videos(_table(data.val_data), _table(data.train_data), rate)
+            # The class's own: of several processes the trainer gives each a share.
+            self.loader = type(data).val_dataloader(data)
+            return images
+        if self.chosen is None:
+            if training_has_begun:
+                msg = (
+                    "This model has been trained on all training images, so none is left for a false-alarm rate. Train "
+                    "anew with target_false_alarm_rate, or name other good images with --model.held_out_images."
+                )
+                raise CflowError(msg)
+            indices = choose_reference(total, rate, self._share, seed)
+            self.chosen = {"images": total, "indices": indices}
+            logger.info("%d of %d training images are held out for the thresholds.", len(indices), total)
+        elif self.chosen["images"] != total:
+            msg = (
+                f"Images were held out of {self.chosen['images']} training images, and now there are {total}: some "
+                "that were trained on would count as held out. Train anew, or go on with the same images."
+            )
+            raise CflowError(msg)
+        indices = self.chosen["indices"]
+        check_enough(len(indices), rate)
+        table = _table(images.dataset)
+        _warn_of_few_videos(table.iloc[indices], table.drop(table.index[indices]), rate)
+        self.loader = loader_of_part(images, indices, augmented=False)
+        return loader_of_part(images, sorted(set(range(total)) - set(indices)))
+
+
+def choose_reference(images: int, rate: float, share: float, seed: int) -> list[int]:
+    """Choose at random which training images are held out.
+
+    At least as many as the rate needs, and never more than half.
+
+    Args:
+        images: Number of training images.
+        rate: False-alarm rate that is asked for.
+        share: Share of the images to hold out where the rate does not need more.
+        seed: Seed of the choice.
+
+    Returns:
+        Their indices, ascending.
+
+    Raises:
+        CflowError: If there are too few images.
+    """
+    needed = images_needed(rate)
+    count = max(needed, min(round(share * images), images // 2))
+    if count > images // 2:
+        msg = (
+            f"A false-alarm rate of {rate:g} needs {needed} good images held out and at least as many to train on, "
+            f"{2 * needed} in all; there are {images}. Ask for a rate of {1 / (images // 2 + 1):.3g} or more, or name "
+            f"a folder of {needed} other good images with --model.held_out_images."
+        )
+        raise CflowError(msg)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:count].tolist())
+
+
+def _why_not_f1(data: AnomalibDataModule) -> str | None:
+    """Why thresholds that maximise F1 on the validation images would not be sound, if that is so.
+
+    Args:
+        data: What is trained on, after its set-up.
+
+    Returns:
+        Half a sentence, or ``None``.
+    """
+    if getattr(data, "val_split_mode", None) == ValSplitMode.SAME_AS_TEST:
+        return "The validation images of these data are the test images"
+    validation = getattr(data, "val_data", None)
+    if validation is None:
+        return "There is no validation image"
+    # Data sets of videos do not say.
+    return None if getattr(validation, "has_anomalous", True) else "No validation image shows a defect"
+
+
+def _good_validation_images(data: AnomalibDataModule) -> int:
+    """How many validation images can set thresholds: all, if none shows a defect and none is tested on.
+
+    Args:
+        data: What is trained on, after its set-up.
+    """
+    validation = getattr(data, "val_data", None)
+    if validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
+        return 0
+    return 0 if getattr(validation, "has_anomalous", True) else len(validation)
+
+
+def _warn_of_few_videos(held_out: DataFrame, trained_on: DataFrame, rate: float) -> None:
+    """Say so where too few videos are held out: frames of one are alike, so not frames but videos are exchangeable.
+
+    Args:
+        held_out: The held-out images' rows in their data set's table.
+        trained_on: The other images' rows.
+        rate: False-alarm rate to be kept.
+    """
+    if "video" not in held_out:
+        return
+    videos, needed = len(set(held_out.video) - set(trained_on.video)), images_needed(rate)
+    if videos < needed:
+        logger.warning(
+            "Frames of one video are alike, and the %d good frames that set the thresholds are of %d video(s) not "
+            "trained on. A false-alarm rate of %g needs at least %d of them; it can be far higher in new videos.",
+            len(held_out),
+            videos,
+            rate,
+            needed,
+        )
+
+
+def _table(images: Dataset) -> DataFrame:
+    """A data set's rows, without columns where it is none of anomalib's."""
+    samples = getattr(images, "samples", None)
+    return samples if isinstance(samples, DataFrame) else DataFrame(index=range(len(images)))
+
+
+def _given_images(folder: str) -> DataLoader:
+    """A loader of a folder's images, one by one in their own sizes.
+
+    Args:
+        folder: Folder of good images.
+
+    Raises:
+        CflowError: If there is no image, or one that cannot be used.
+    """
+    try:
+        images = PredictDataset(Path(folder))
+    except (OSError, ValueError) as error:
+        msg = f"There is no image in {folder} to calibrate decisions on; name a folder with --model.held_out_images."
+        raise CflowError(msg) from error
+    check_images(images.image_filenames)
+    return DataLoader(images, batch_size=1, collate_fn=images.collate_fn)

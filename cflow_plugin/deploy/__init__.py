@@ -1,0 +1,1 @@
+"""From a trained model to a file (graph, quantization), and from a file to scores (runtime)."""

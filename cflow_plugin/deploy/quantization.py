@@ -1,0 +1,204 @@
+"""An exported model in fewer bits: what may be, and what ranges come from."""
+
+__all__ = ["TrainingImages", "compress", "quantize", "quantize_with_accuracy_control"]
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from copy import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import F1Score
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from torchvision.transforms.v2.functional import resize
+
+from cflow_plugin.errors import CflowError
+
+logger = logging.getLogger(__name__)
+
+
+def compress(
+    model: ov.Model,
+    kind: CompressionType,
+    datamodule: AnomalibDataModule | None = None,
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+) -> ov.Model:
+    """Compress a converted model in one of anomalib's ways.
+
+    Args:
+        model: What :func:`convert_to_openvino` returned.
+        kind: Which way. FP16 changes nothing here: it is how the file is written.
+        datamodule: Its training images calibrate INT8_PTQ and INT8_ACQ; its validation images measure the metric.
+        metric: anomalib metric for INT8_ACQ, higher is better; by default the image F1 score.
+        max_drop: How much of the metric INT8_ACQ may lose.
+
+    Returns:
+        The compressed model.
+
+    Raises:
+        CflowError: If NNCF cannot quantize the model.
+    """
+    if kind == CompressionType.FP16:
+        return model
+    if kind == CompressionType.INT8:
+        return _nncf().compress_weights(model)
+    images = TrainingImages(datamodule, _fixed_size(model))
+    logger.info("Calibrating INT8 on %d training images.", len(images))
+    if kind == CompressionType.INT8_PTQ:
+        return quantize(model, images)
+    metric = metric or F1Score(fields=["pred_label", "gt_label"])
+    return quantize_with_accuracy_control(model, images, datamodule.val_dataloader(), metric, max_drop)
+
+
+def _fixed_size(model: ov.Model) -> tuple[int, int] | None:
+    """Height and width of the images that a model takes, or ``None`` where they may differ."""
+    shape = model.input(0).partial_shape
+    return None if shape[2].is_dynamic else (shape[2].get_length(), shape[3].get_length())
+
+
+class TrainingImages:
+    """Training images one by one, without augmentation, as an exported model takes them.
+
+    INT8 ranges must come from images like those the model will see, and from nothing the model is judged by; anomalib's
+    own calibration reads its validation images, which by default are the test images.
+
+    Args:
+        datamodule: The data the model was trained on.
+        size: Height and width that images are resized to, or ``None`` to keep theirs.
+        limit: At most this many images, spread over the data set.
+    """
+
+    def __init__(self, datamodule: AnomalibDataModule, size: tuple[int, int] | None = None, limit: int = 300) -> None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        self.dataset = copy(datamodule.train_data)
+        self.dataset.augmentations = None
+        self.size = size
+        self.indices = np.unique(np.linspace(0, len(self.dataset) - 1, limit).round().astype(int)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield images ``(1, 3, H, W)``."""
+        for index in self.indices:
+            image = self.dataset[index].image[None]
+            yield (image if self.size is None else resize(image, list(self.size), antialias=True)).numpy()
+
+
+def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
+    """Quantize a converted model after training: the decoders' sub-networks compute in INT8.
+
+    What else could be in INT8 must not be. The whitening in front of a decoder magnifies directions of little variance,
+    and with them the rounding of its own input and of the encoder, whose first layers are the most sensitive; the maps
+    are a few small products. The later half of the encoder's convolutions keeps its weights in 8 bits, and all that is
+    left in 16, to be unpacked when the file is loaded.
+
+    Args:
+        model: What :func:`convert_to_openvino` returned.
+        images: Training images, each ``(1, 3, H, W)``.
+
+    Returns:
+        The quantized model.
+
+    Raises:
+        CflowError: If NNCF cannot quantize it.
+    """
+    nncf = _nncf()
+    try:
+        model = _halve(model)
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=sum(1 for _ in images),
+            ignored_scope=_all_but_decoders(model),
+        )
+    except nncf.errors.InternalError as error:
+        # Seen with the coarsest scale of the Gabor filter bank.
+        msg = f"NNCF cannot quantize a model with this encoder ({error}) Export it with --compression_type fp16."
+        raise CflowError(msg) from error
+    convolutions = _named(quantized, {"Convolution", "GroupConvolution"})
+    kept = [*convolutions[: len(convolutions) // 2], *_named(quantized, {"MatMul"})]
+    return nncf.compress_weights(
+        quantized, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=kept, validate=False)
+    )
+
+
+def quantize_with_accuracy_control(
+    model: ov.Model, images: Iterable[np.ndarray], validation: DataLoader, metric: Metric, max_drop: float
+) -> ov.Model:
+    """Quantize to INT8, and give operations their full precision back until a metric stays within bounds.
+
+    Args:
+        model: What :func:`convert_to_openvino` returned.
+        images: Training images, each ``(1, 3, H, W)``.
+        validation: Labelled images to measure the metric on.
+        metric: An anomalib metric; higher is better.
+        max_drop: How much of the metric may be lost.
+
+    Returns:
+        The quantized model.
+    """
+    nncf = _nncf()
+    size = _fixed_size(model)
+
+    def measure(compiled: ov.CompiledModel, batches: Iterable[Batch]) -> float:
+        metric.reset()
+        for batch in batches:
+            image = batch.image if size is None else resize(batch.image, list(size), antialias=True)
+            results = compiled(image.numpy())
+            found = {
+                name: torch.from_numpy(results[name])
+                for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+            }
+            metric.update(batch.update(in_place=False, image=image, **found))
+        return float(metric.compute())
+
+    return nncf.quantize_with_accuracy_control(
+        model,
+        nncf.Dataset(images),
+        nncf.Dataset(validation),
+        measure,
+        max_drop=max_drop,
+        subset_size=sum(1 for _ in images),
+        ignored_scope=_all_but_decoders(model),
+    )
+
+
+def _halve(model: ov.Model) -> ov.Model:
+    """Keep constants in half precision. A model with weights in 8 bits can no longer be saved that way."""
+    core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.xml"
+        ov.save_model(model, file, compress_to_fp16=True)
+        return core.read_model(file)
+
+
+def _nncf() -> ModuleType:
+    # Imported here: it takes seconds, and only INT8 needs it.
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.WARNING)
+    return nncf
+
+
+def _named(model: ov.Model, types: set[str]) -> list[str]:
+    """The names of all operations of these types, in the order of execution."""
+    return [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in types]
+
+
+def _all_but_decoders(model: ov.Model) -> Any:
+    """The operations that INT8 must leave alone: all but the matrix products of the coupling blocks."""
+    names = [node.get_friendly_name() for node in model.get_ops()]
+    return _nncf().IgnoredScope(names=[name for name in names if ".blocks." not in name], validate=False)

@@ -1,0 +1,82 @@
+"""Unusable image files, said before training starts, or by name where reading one fails."""
+
+__all__ = ["ImageFileCheck"]
+
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import PredictDataset
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+
+from cflow_plugin.images.listing import IMAGES
+from cflow_plugin.images.reading import check_images, unreadable
+
+_SPLITS = ("train_data", "val_data", "test_data")
+
+
+class ImageFileCheck(Callback):
+    """Looks into the headers of all images before a run, and names the files when reading one fails later.
+
+    Pixels are read when they are needed and not before, which would take as long again.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what will be trained on, and what the model will be tested on when that is done."""
+        del pl_module
+        check_images(*_files(trainer))
+
+    on_test_start = on_predict_start = on_fit_start
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Find out which files an error is about, if it came from reading images."""
+        del pl_module
+        if not isinstance(exception, Exception) or not _is_of_pillow(exception):
+            return
+        # The exception is left as it is: the run still has to be wound up by others.
+        exception.explanation = unreadable(*_files(trainer))
+        if exception.explanation and sys.version_info >= (3, 11):
+            exception.add_note(exception.explanation)
+
+
+def _is_of_pillow(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    # An error of a loader's process comes as text.
+    return any("/PIL/" in frame.filename for frame in frames) or "/PIL/" in str(error)
+
+
+def _files(trainer: Trainer) -> tuple[list[str], list[str]]:
+    """Image files and mask files of a run."""
+    data = trainer.datamodule
+    datasets = [getattr(data, name) for name in _SPLITS if getattr(data, name, None) is not None]
+    for loaders in (trainer.test_dataloaders, trainer.predict_dataloaders):
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            if isinstance(loader, DataLoader):
+                datasets.append(loader.dataset)
+    images: dict[str, None] = {}
+    masks: dict[str, None] = {}
+    for dataset in datasets:
+        _collect(dataset, images, masks)
+    return list(images), list(masks)
+
+
+def _collect(dataset: Any, images: dict[str, None], masks: dict[str, None]) -> None:
+    if isinstance(dataset, Subset):
+        _collect(dataset.dataset, images, masks)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            _collect(part, images, masks)
+    elif isinstance(dataset, PredictDataset):
+        images.update(dict.fromkeys(map(str, dataset.image_filenames)))
+    elif hasattr(dataset, "samples"):
+        images.update(_paths(dataset.samples.get("image_path", ())))
+        masks.update(_paths(dataset.samples.get("mask_path", ())))
+
+
+def _paths(column: Iterable[Any]) -> dict[str, None]:
+    """The image files among them: cells may be empty, and ShanghaiTech's masks are arrays."""
+    return dict.fromkeys(path for path in map(str, column) if Path(path).suffix.lower() in IMAGES)

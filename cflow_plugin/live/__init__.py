@@ -1,1 +1,0 @@
-"""An exported model at work on images as they come."""

@@ -1,0 +1,98 @@
+"""The metrics of section 5.2, as far as a data set allows them, and the file they go to."""
+
+__all__ = ["CflowEvaluator", "write_metrics"]
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator, F1Score
+from lightning import LightningModule, Trainer
+
+from cflow_plugin.files import atomic_file
+from cflow_plugin.metrics import AUPRO, AUROC
+
+logger = logging.getLogger(__name__)
+
+
+class CflowEvaluator(Evaluator):
+    """Image AUROC and F1, pixel AUROC, AUPRO and F1; what cannot be computed is left out with a note.
+
+    Without masks there are no pixel metrics. A curve of true against false positives needs anomalous and normal
+    examples, so without defects (or without good images) there is no AUROC.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            test_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_", strict=False),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+        )
+        self._seen: dict[str, set[bool]] = {"gt_label": set(), "gt_mask": set()}
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what earlier tests saw."""
+        del trainer, pl_module
+        for values in self._seen.values():
+            values.clear()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any, **kwargs: Any
+    ) -> None:
+        """Update the metrics and note which classes there are."""
+        for field, values in self._seen.items():
+            truth = getattr(batch, field, None)
+            if truth is not None:
+                values.update({bool(truth.min()), bool(truth.max())})
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Log the metrics that can be computed."""
+        del args, kwargs
+        facts = [[value in values for value in (False, True)] for values in self._seen.values()]
+        facts += [[metric.update_called] * 2 for metric in self.test_metrics]
+        # What one process has met another may not have, but all have to log the same.
+        known = trainer.strategy.reduce(torch.tensor(facts, device=pl_module.device).int(), reduce_op="max").tolist()
+        classes = dict(zip(self._seen, known, strict=False))
+        for metric, (updated, _) in zip(self.test_metrics, known[len(classes) :], strict=True):
+            truth = metric.fields[1]
+            has_normal, has_anomaly = classes[truth]
+            what = "mask" if truth == "gt_mask" else "label"
+            if not (has_normal or has_anomaly) or not updated:
+                reason = f"the test set has no {what}s"
+            elif not has_anomaly:
+                reason = f"the {what}s of the test set show no anomaly"
+            elif not has_normal:
+                reason = f"the {what}s of the test set show nothing normal"
+            else:
+                pl_module.log(metric.name, metric)
+                continue
+            logger.warning("%s is left out: %s.", metric.name, reason)
+            metric.reset()
+
+
+def write_metrics(trainer: Trainer) -> None:
+    """Write a test's metrics into ``metrics.json`` next to its pictures.
+
+    Where that is impossible a warning says so: the metrics are on the screen.
+    """
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: round(value.item(), 6) for name, value in sorted(trainer.callback_metrics.items())}
+    folder = Path(trainer.default_root_dir)
+    file = folder / "metrics.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as partial:
+            partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    except OSError as error:
+        logger.warning("The metrics could not be written to %s (%s).", file, error)
+        return
+    logger.info("Metrics, pictures and weights are in %s.", folder.resolve())

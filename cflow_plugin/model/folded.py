@@ -1,0 +1,250 @@
+"""A trained model rewritten for inference: the same function with everything constant computed beforehand."""
+
+__all__ = ["FoldedFlow", "FoldedModel"]
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from copy import deepcopy
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.utils import fuse_conv_bn_eval
+
+from cflow_plugin.model.encoder import Encoder
+from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
+from cflow_plugin.model.position import positional_encoding_2d
+from cflow_plugin.model.scoring import AnomalyScoring
+
+
+class FoldedModel(nn.Module):
+    """From images of a fixed size to anomaly maps and scores, by fewer operations than in training.
+
+    Args:
+        encoder: The encoder.
+        decoders: A decoder for each of its layers; they are copied, not referred to.
+        scoring: The calibrated scoring.
+        size: Height and width of the images.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, encoder: Encoder, decoders: Iterable[ConditionalFlow], scoring: AnomalyScoring, size: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.encoder = _fold_batch_norm(encoder)
+        like = next(encoder.parameters(), next(encoder.buffers()))
+        pyramid = encoder(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+        sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
+        self.flows = nn.ModuleList(
+            FoldedFlow(decoder, *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
+        )
+        self.scoring = scoring.folded(sizes, size)
+        self.eval()
+
+    def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Compute what :meth:`CflowModel.log_likelihoods` computes."""
+        return [flow(features) for flow, features in zip(self.flows, self.encoder(images), strict=True)]
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Compute what :meth:`CflowModel.forward` computes."""
+        anomaly_map, score = self.scoring(self.log_likelihoods(images))
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+
+class FoldedFlow(nn.Module):
+    r"""Log-likelihoods of one feature map of a fixed size, by fewer operations than :class:`ConditionalFlow`.
+
+    A coupling block maps :math:`x = [x_1, x_2]` to :math:`y = P(\Psi \odot [x_1, x_2 \odot e^{s} + t] + b)`. Walking
+    from the last block to the first, let :math:`z = G \odot y + O` be the affine function of a block's output that the
+    rest of the folded flow works on; at the end :math:`z = u`. Before the permutation and the global affine that is
+
+    .. math:: z_1 = G_1 x_1 + O_1, \qquad z_2 = G_2 (x_2 \odot e^s + t) + O_2 ,
+
+    so on :math:`z` the block is :math:`z_1 \mapsto z_1`, :math:`z_2 \mapsto z_2 \odot e^s + t'` with
+    :math:`t' = G_2 t + O_2` out of rescaled second-layer weights, and :math:`s, t` from :math:`z_1` by rescaled
+    first-layer weights. No global scale or offset is left; they have moved into the linear layers and, for the first
+    block, into the whitening. The condition's part of the first layer is a constant of each position, the logarithms of
+    all scales are one number, and where the halves merely swap no permutation is left either. The last block needs none
+    of any kind: the likelihood depends on the norm of :math:`u` alone.
+
+    A soft permutation does not let an affine function of each element through. There the block works on :math:`x`
+    itself, and what stands between it and the next one is a single linear map,
+    :math:`x \mapsto G \odot R (\Psi \odot x + b) + O`.
+
+    Args:
+        flow: The decoder; it is copied, not referred to.
+        height: Rows of the feature map.
+        width: Columns of the feature map.
+    """
+
+    @torch.no_grad()
+    def __init__(self, flow: ConditionalFlow, height: int, width: int) -> None:
+        super().__init__()
+        whitening, blocks = flow.whitening, list(flow.module_list)[1:]
+        # All constants are computed in float64 and rounded once.
+        kept = whitening.mean
+        gain = torch.ones(len(kept), dtype=torch.float64, device=kept.device)
+        offset = torch.zeros_like(gain)
+        log_det = whitening.log_det.double()
+        folded, exchanges = [], []
+        for block in reversed(blocks):
+            scale = 0.1 * functional.softplus(block.global_scale[0].double(), beta=0.5)
+            shift = block.global_offset[0].double()
+            log_det = log_det + scale.log().sum()
+            if not folded:
+                gain, offset = scale, shift
+            elif block.rotation is None:
+                inverse = block.permutation.argsort()
+                gain, offset = gain[inverse], offset[inverse]
+                gain, offset = gain * scale, gain * shift + offset
+                exchanges.insert(0, _Exchange(block))
+            else:
+                rotation = gain[:, None] * block.rotation.double()
+                exchanges.insert(
+                    0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, kept), block.passive)
+                )
+                gain, offset = torch.ones_like(gain), torch.zeros_like(offset)
+            folded.insert(0, _FoldedBlock(block, gain, offset, height, width))
+            offset = torch.cat([offset[: block.passive], torch.zeros_like(offset[block.passive :])])
+        self.dimensions = len(kept)
+        weight = gain[:, None] * whitening.matrix.double()
+        bias = offset - weight @ whitening.mean.double()
+        half = whitening.first_half
+        # The first half of the whitened vector is made of the first half of the features alone.
+        self.whitening_first = _linear(weight[:half, :half], bias[:half], kept)
+        self.whitening_second = _linear(weight[half:], bias[half:], kept)
+        self.blocks = nn.ModuleList(folded)
+        self.exchanges = nn.ModuleList(exchanges)
+        self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Compute the log-likelihood per dimension (Eq. 8 divided by D) at each position.
+
+        Args:
+            features: ``(B, D, H, W)`` of the size the flow was folded for.
+
+        Returns:
+            Nats per dimension, ``(B, H, W)``.
+        """
+        size = features.shape[-2:]
+        vectors = features.flatten(2).transpose(1, 2)
+        first = self.whitening_first(vectors[..., : self.whitening_first.in_features])
+        second = self.whitening_second(vectors)
+        total: torch.Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            log_scale, second = block(first, second)
+            total = log_scale.clone() if total is None else total.add_(log_scale)
+            if index < len(self.exchanges):
+                first, second = self.exchanges[index](first, second)
+        energy = total.sum(-1) - 0.5 * (first.square().sum(-1) + second.square().sum(-1))
+        return (energy / self.dimensions + self.constant).unflatten(1, size)
+
+
+class _FoldedBlock(nn.Module):
+    """A coupling block on the folded flow's own coordinates."""
+
+    def __init__(self, block: CouplingBlock, gain: torch.Tensor, offset: torch.Tensor, height: int, width: int) -> None:
+        super().__init__()
+        like = block.global_scale
+        self.passive, self.active, self.clamp = block.passive, block.active, block.clamp
+        first, _, second = block.subnet
+        weight, bias = first.weight.double(), first.bias.double()
+        from_state = weight[:, : self.passive] / gain[: self.passive]
+        bias = bias - from_state @ offset[: self.passive]
+        self.first = _linear(from_state, None, like)
+        # What the condition adds is a sum of a part for the row and one for the column.
+        rows, columns = weight.new_zeros(height, 1, len(weight)), bias.expand(1, width, -1)
+        if block.condition_dims:
+            half = block.condition_dims // 2
+            condition = positional_encoding_2d(block.condition_dims, height, width).to(weight)
+            condition = condition.unflatten(0, (height, width))
+            from_columns, from_rows = weight[:, self.passive :].split(half, dim=1)
+            columns = columns + condition[:1, :, :half] @ from_columns.T
+            rows = rows + condition[:, :1, half:] @ from_rows.T
+        self.rows: torch.Tensor
+        self.columns: torch.Tensor
+        self.position: torch.Tensor
+        self.register_buffer("rows", rows.to(like))
+        self.register_buffer("columns", columns.to(like).contiguous())
+        self.register_buffer("position", (rows + columns).flatten(0, 1).to(like))
+        weight, bias = 0.1 * second.weight.double(), 0.1 * second.bias.double()
+        weight[self.active :] *= gain[self.passive :, None]
+        bias[self.active :] = bias[self.active :] * gain[self.passive :] + offset[self.passive :]
+        self.second = _linear(weight, bias, like)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform the active half; return its log-scale and itself, both ``(B, P, active)``."""
+        # A file keeps the two parts, which are small; whatever runs it adds them up when it loads the file.
+        position = (self.rows + self.columns).flatten(0, 1) if torch.compiler.is_exporting() else self.position
+        hidden = self.first(first).add_(position).relu_()
+        log_scale, shift = self.second(hidden).split(self.active, dim=-1)
+        log_scale = torch.tanh(log_scale).mul_(self.clamp)
+        return log_scale, torch.addcmul(shift, second, torch.exp(log_scale))
+
+
+class _Exchange(nn.Module):
+    """What a permutation leaves: the halves get the roles they have in the next block."""
+
+    def __init__(self, block: CouplingBlock) -> None:
+        super().__init__()
+        self.sizes = [block.passive, block.active]
+        swaps = block.swaps and block.passive == block.active
+        self.permutation: torch.Tensor | None
+        self.register_buffer("permutation", None if swaps else block.permutation.clone())
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.permutation is None:
+            return second, first
+        return torch.cat([first, second], -1).index_select(-1, self.permutation).split(self.sizes, dim=-1)
+
+
+class _Rotation(nn.Module):
+    """A soft permutation between two blocks, with the affine functions on either side of it."""
+
+    def __init__(self, linear: nn.Linear, passive: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = [passive, linear.out_features - passive]
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(torch.cat([first, second], -1)).split(self.sizes, dim=-1)
+
+
+def _fold_batch_norm(encoder: Encoder) -> Encoder:
+    """A copy of the encoder whose batch norms, constant in eval mode, are part of the convolutions before them."""
+    folded = deepcopy(encoder)
+    if isinstance(folded.network, fx.GraphModule):
+        _fuse(folded.network)
+    # Torch's convolutions run faster on channels that lie side by side, and the decoders want their vectors that way.
+    return folded.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  a keyword it documents
+
+
+def _fuse(network: fx.GraphModule) -> None:
+    """Let each convolution do what the batch norm does that alone takes its output."""
+    graph = network.graph
+    modules = dict(network.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        [source] = node.all_input_nodes if len(node.all_input_nodes) == 1 else [None]
+        if node.op != "call_module" or source is None or source.op != "call_module" or len(source.users) > 1:
+            continue
+        convolution, norm = modules[source.target], modules[node.target]
+        if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or calls[source.target] > 1:
+            continue
+        network.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+    network.delete_all_unused_submodules()
+    network.recompile()
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:
+    """A linear layer with these constants, in the dtype and on the device of the decoder's own."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(like), requires_grad=False)
+    return layer

@@ -1,0 +1,160 @@
+"""From an image to its anomaly map (Figure 2): encoder, one decoder a scale, scoring."""
+
+__all__ = ["CflowModel"]
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+
+from cflow_plugin.errors import CflowError
+from cflow_plugin.model.encoder import Encoder, Padding
+from cflow_plugin.model.flow import ConditionalFlow, Permutation
+from cflow_plugin.model.folded import FoldedModel
+from cflow_plugin.model.position import positional_encoding_2d
+from cflow_plugin.model.scoring import AnomalyScoring
+
+
+class CflowModel(nn.Module):
+    """CFLOW-AD without anything about its training.
+
+    Args:
+        backbone: Name of the encoder, see :class:`~cflow_plugin.model.encoder.Encoder`.
+        layers: Layers of its feature pyramid, fine to coarse; ``None`` takes the paper's three.
+        condition_dims: Length of the positional condition; 0 makes unconditional decoders (UFLOW).
+        coupling_blocks: Coupling blocks of each decoder.
+        clamp: Soft clamp of the blocks' log-scales.
+        permutation: Permutation between the blocks, see :class:`~cflow_plugin.model.flow.CouplingBlock`.
+        neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
+        padding: What the convolutions see beyond the border, see :class:`~cflow_plugin.model.encoder.Encoder`.
+        sigma: Smoothing of the anomaly map, in pixels.
+        top_fraction: Part of the map's highest values that makes the image score.
+        position_correction: See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
+
+    Raises:
+        CflowError: If a setting is out of range, or the encoder cannot be built.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: Sequence[str] | None = None,
+        condition_dims: int = 128,
+        coupling_blocks: int = 8,
+        clamp: float = 1.9,
+        permutation: Permutation = "swap",
+        neighbourhood: int = 3,
+        padding: Padding = "zeros",
+        sigma: float = 4.0,
+        top_fraction: float = 0.01,
+        position_correction: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.condition_dims = condition_dims
+        self.encoder = Encoder(backbone, layers, neighbourhood, padding)
+        self.decoders = nn.ModuleList(
+            ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
+            for channels in self.encoder.channels
+        )
+        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction)
+        self._conditions: dict[tuple[int, int], torch.Tensor] = {}
+        self._folded: dict[tuple[int, int], FoldedModel] = {}
+        self.register_load_state_dict_post_hook(_drop_folded)
+
+    def condition(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Condition vectors of a feature map, ``(height * width, C)``, on the device and in the dtype of ``like``."""
+        if not self.condition_dims:
+            return like.new_empty(height * width, 0)
+        table = self._conditions.get((height, width))
+        if table is None or table.device != like.device or table.dtype != like.dtype:
+            table = positional_encoding_2d(self.condition_dims, height, width).to(like)
+            self._conditions[height, width] = table
+        return table
+
+    def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Log-likelihood per dimension of the features at every scale and position (Eq. 8 divided by D).
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            For each scale ``(B, H_k, W_k)``, in nats per dimension.
+        """
+        if not self.training:
+            return self.folded(tuple(images.shape[-2:])).log_likelihoods(images)
+        result = []
+        for decoder, features in zip(self.decoders, self.encoder(images), strict=True):
+            height, width = features.shape[-2:]
+            vectors = features.flatten(2).transpose(1, 2)
+            likelihood = decoder.log_likelihood(vectors, self.condition(height, width, vectors))
+            result.append(likelihood.unflatten(1, (height, width)))
+        return result
+
+    def folded(self, size: tuple[int, int]) -> FoldedModel:
+        """The model in its form for inference, made once and kept until the model changes.
+
+        It is made anew after ``train()`` or ``eval()``, :meth:`calibrate`, ``load_state_dict()`` and a move to another
+        device or number format. Who changes a tensor in place in eval mode calls ``eval()`` afterwards.
+
+        Args:
+            size: Height and width of the images.
+        """
+        found = self._folded.get(size)
+        if found is None:
+            found = FoldedModel(self.encoder, self.decoders, self.scoring, size)
+            self._folded = {size: found}  # one at a time: it is as large as the model
+        return found
+
+    def calibrate(self, log_likelihoods: Sequence[torch.Tensor]) -> None:
+        """Set the scoring constants; see :meth:`AnomalyScoring.calibrate`.
+
+        Args:
+            log_likelihoods: For each scale ``(N, H_k, W_k)``, nats per dimension, of training features.
+        """
+        self.scoring.calibrate(log_likelihoods)
+        self._folded = {}
+
+    def train(self, mode: bool = True) -> "CflowModel":
+        """Set the mode, and drop what was folded: training may have changed all it is made of."""
+        self._folded = {}
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CflowModel":
+        # What .to(), .half() and their like call.
+        self._folded = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be computed anew, so that a saved or copied model stays small."""
+        return {**super().__getstate__(), "_folded": {}, "_conditions": {}}
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Compute anomaly maps and image scores. In eval mode no gradient reaches the parameters.
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``.
+
+        Raises:
+            CflowError: If the model has not been trained.
+        """
+        if not self.scoring.is_calibrated:
+            msg = (
+                "This model has not been trained, or was imported without images to calibrate it on. Pass the "
+                "checkpoint that `anomalib train`, or `cflow-plugin import-checkpoint --images FOLDER`, writes with "
+                "--ckpt_path."
+            )
+            raise CflowError(msg)
+        height, width = images.shape[-2:]
+        if not self.training:
+            return self.folded((height, width))(images)
+        anomaly_map, score = self.scoring(self.log_likelihoods(images), (height, width))
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+
+def _drop_folded(model: CflowModel, _: object) -> None:
+    model._folded = {}  # noqa: SLF001  this module's own

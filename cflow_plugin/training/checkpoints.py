@@ -1,0 +1,172 @@
+"""Checkpoints that are on the disk whole or not at all, and that run no code when they are read."""
+
+__all__ = [
+    "CheckpointFiles",
+    "LastEpoch",
+    "check_weights",
+    "translate_errors",
+    "use_checkpoint_files",
+    "versions",
+    "warn_of_other_versions",
+    "write_missing_checkpoints",
+]
+
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from anomalib.engine.plugins import AnomalibCheckpointIO
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from cflow_plugin.errors import CflowError
+from cflow_plugin.files import atomic_file, remove_unfinished
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("anomalib", "cflow-plugin")
+
+
+class CheckpointFiles(AnomalibCheckpointIO):
+    """anomalib's way of reading and writing checkpoints, made safe against a full disk, a killed run and hostile files.
+
+    Lightning writes to the system's temporary folder and moves the file from there, which between two file systems is
+    copying: a run killed meanwhile leaves half a file with the name of a whole one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; until it is complete, an older one of that name stays."""
+        if "://" in str(path):  # of a store that takes whole files only
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()  # torch's own writing to files does not say that the disk is full
+        torch.save(checkpoint, content)
+        with atomic_file(path) as partial:
+            partial.write_bytes(content.getbuffer())
+        remove_unfinished(path)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        """Read a checkpoint: tensors and plain values, and no other objects whatever the caller says.
+
+        It is read into main memory, since the machine that it was made on may have had other devices.
+
+        Raises:
+            CflowError: If the file is absent, damaged, or holds anything else.
+        """
+        del weights_only
+        with translate_errors(path):
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+                message = "it holds something else"
+                raise ValueError(message)
+            return checkpoint
+
+
+class LastEpoch(ModelCheckpoint):
+    """A checkpoint after every epoch, so that a run that dies can be resumed."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+def write_missing_checkpoints(trainer: Trainer) -> None:
+    """Leave a model where anomalib looks for it.
+
+    Resumed after its last epoch, a run has nothing to train, and Lightning then writes no checkpoint.
+
+    Args:
+        trainer: The trainer, whose training has ended; every process has to call this.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath and Path(callback.dirpath).name == "lightning":
+            file = Path(callback.dirpath) / f"{callback.filename}.ckpt"
+            if not trainer.strategy.broadcast(file.exists()):
+                trainer.save_checkpoint(file)
+
+
+def use_checkpoint_files(trainer: Trainer) -> None:
+    """Let a trainer read and write checkpoints by :class:`CheckpointFiles`, unless the user chose another way.
+
+    Args:
+        trainer: The trainer, being set up.
+    """
+    used = trainer.strategy.checkpoint_io
+    if type(used) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = CheckpointFiles(used.extra_safe_globals)
+
+
+@contextmanager
+def translate_errors(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong when a checkpoint is read into a sentence.
+
+    Args:
+        path: The checkpoint.
+    """
+    if "://" not in str(path) and not os.path.isfile(path):
+        message = f"There is no checkpoint at {path}; training writes one to weights/lightning/model.ckpt."
+        raise CflowError(message)
+    try:
+        yield
+    except CflowError:
+        raise
+    except UnpicklingError as error:
+        message = (
+            f"{path} holds other objects than tensors and settings, which are not loaded because they could run any "
+            "code, or is damaged. Use a checkpoint that training wrote."
+        )
+        raise CflowError(message) from error
+    except Exception as error:  # damaged files fail in many ways
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        message = f"{path} could not be read as a checkpoint of this model ({reason})."
+        raise CflowError(message) from error
+
+
+def check_weights(found: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise if a checkpoint is of another model, or corrupt.
+
+    Args:
+        found: A checkpoint's tensors by their names.
+        model: The model that it is to be loaded into; its scoring constants may be missing.
+
+    Raises:
+        CflowError: If one is not, or a tensor of weights is not finite.
+    """
+    needed = [f"model.{name}" for name in model.state_dict() if not name.startswith("scoring.")]
+    if missing := [name for name in needed if name not in found]:
+        message = (
+            f"The checkpoint is of another kind of model: it lacks {missing[0]}, and {len(missing)} weights in all."
+        )
+        raise CflowError(message)
+    if bad := [name for name in needed if not torch.isfinite(found[name]).all()]:
+        message = f"The checkpoint's weights hold NaN or infinite values ({bad[0]}); train anew, or take an older one."
+        raise CflowError(message)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint is made with, to be kept in it."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def warn_of_other_versions(made_with: Mapping[str, str] | None) -> None:
+    """Say so if a checkpoint is of another release.
+
+    Args:
+        made_with: What :func:`versions` was then, or ``None``.
+    """
+    for name, found in versions().items():
+        made = (made_with or {}).get(name)
+        if made is not None and made.split(".")[:2] != found.split(".")[:2]:
+            logger.warning(
+                "The checkpoint was made with %s %s, and this is %s: compare a few scores before you rely on it.",
+                name, made, found,
+            )  # fmt: skip

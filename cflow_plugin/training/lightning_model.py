@@ -1,0 +1,308 @@
+"""How the decoders are trained (section 5.1), as an anomalib model: its settings, and what Lightning calls when."""
+
+__all__ = ["CflowPlugin"]
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cflow_plugin.anomalib_patches.registration import publish
+from cflow_plugin.decisions.post_processing import ConformalPostProcessor
+from cflow_plugin.decisions.reference_images import ReferenceImages
+from cflow_plugin.deploy.export import FoldedExport
+from cflow_plugin.errors import CflowError
+from cflow_plugin.images.checking import ImageFileCheck
+from cflow_plugin.model import weights as encoder_weights
+from cflow_plugin.model.encoder import Padding
+from cflow_plugin.model.flow import Permutation
+from cflow_plugin.model.torch_model import CflowModel
+from cflow_plugin.training import checkpoints, optimization, resuming
+from cflow_plugin.training.calibration import Calibration
+from cflow_plugin.training.distributed import ScoreEveryImageOnce, join_processes
+from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
+from cflow_plugin.training.loss import loss_of
+from cflow_plugin.training.one_class import OneClassMixin
+from cflow_plugin.training.settings import check_not_negative, check_positive, plan_run
+from cflow_plugin.training.vector_loader import TrainOnVectors, VectorLoader
+
+
+class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
+    """CFLOW-AD: conditional normalizing flows over a pretrained CNN's multi-scale features.
+
+    The encoder runs over the training images once (in each epoch, if there are random augmentations); a training step
+    then takes feature vectors of many images and positions at each scale and descends the summed loss of all scales.
+
+    Args:
+        backbone: timm name of the encoder. ``resnet18``, ``wide_resnet50_2`` and ``mobilenetv3_large_100`` are the
+            paper's; any other timm CNN works with its ``layers`` named. ``gabor`` is a fixed bank of filters that needs
+            no download, for trying things out.
+        layers: Layers of the encoder to take features from, fine to coarse. By default the paper's three.
+        pre_trained: Give the encoder ImageNet weights: those of ``weights``, or else timm's. ``false`` leaves it
+            untrained.
+        weights: Local file with the encoder's weights (.safetensors or .pth), for machines without internet access.
+        image_size: Height and width in pixels that images are resized to.
+        condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
+        coupling_blocks: Coupling blocks of each decoder.
+        clamp: Soft clamp of the coupling blocks' log-scales.
+        permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper,
+            ``soft`` multiplies it by a random orthogonal matrix as the original code does.
+        neighbourhood: Average each feature over this many cells in either direction (odd); 1 as in the paper.
+        padding: What the encoder's convolutions see beyond the border: ``zeros``, or their own input mirrored
+            (``reflect``), as in the original code's ResNets.
+        whiten: Start the decoders from the training features' covariance. The paper does not.
+        noise: Standard deviation of the noise added to training features, in units of their own (whitened) standard
+            deviation. It keeps the decoders from learning few training images by heart. 0 as in the paper.
+        sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
+        top_fraction: The image score is the mean over this fraction of the map's highest pixels; 0 takes the maximum
+            as the paper does.
+        position_correction: Share of a position's mean log-likelihood over the training images that is not held
+            against it; the outermost cells, which see the encoder's zero padding, are corrected in full. 0 as in the
+            paper.
+        epochs: Length of the recipe in epochs, where ``--trainer.max_epochs`` does not set another.
+        steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
+        vectors_per_step: Feature vectors of the finest scale in a step; coarser scales take part in proportion to
+            their positions.
+        learning_rate: Peak learning rate of Adam.
+        schedule: ``one_cycle`` or ``cosine``.
+        warmup_epochs: Epochs of linear warm-up before ``cosine``.
+        target_false_alarm_rate: Share of good images that may be called anomalous, for example 0.05. Thresholds then
+            come from good images that are held out of training, and nothing is fitted on images of defects. ``null``
+            asks for anomalib's thresholds, which maximise F1 on the validation images. ``auto`` does so where that is
+            sound, and takes 0.05 where the validation images are the test images or show no defect. See
+            :class:`~cflow_plugin.decisions.post_processing.ConformalPostProcessor`.
+        held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
+            not need more of them. Validation images that are all good, and enough, are taken instead.
+        held_out_images: Folder of other good images to take instead; then all training images are trained on.
+        pre_processor: Pre-processor, or whether to use the default one.
+        post_processor: Post-processor, or whether to use the default one.
+        evaluator: Evaluator, or whether to use the default one.
+        visualizer: Visualizer, or whether to use the default one.
+
+    Raises:
+        CflowError: If a setting is out of range, or the encoder cannot be built.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> from cflow_plugin import CflowPlugin
+        >>> Engine().train(model=CflowPlugin(), datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+
+    References:
+        Gudovskiy, Ishizaka, Kozuka: CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via
+        Conditional Normalizing Flows. WACV 2022.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: list[str] | None = None,
+        pre_trained: bool = True,
+        weights: str | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        condition_dims: int = 128,
+        coupling_blocks: int = 8,
+        clamp: float = 1.9,
+        permutation: Permutation = "swap",
+        neighbourhood: int = 3,
+        padding: Padding = "zeros",
+        whiten: bool = True,
+        noise: float = 0.6,
+        sigma: float = 4.0,
+        top_fraction: float = 0.01,
+        position_correction: float = 0.25,
+        epochs: int = 8,
+        steps_per_epoch: int | None = 30,
+        vectors_per_step: int = 512,
+        learning_rate: float = 2e-3,
+        schedule: optimization.Schedule = "one_cycle",
+        warmup_epochs: int = 0,
+        target_false_alarm_rate: float | Literal["auto"] | None = "auto",
+        held_out_share: float = 0.2,
+        held_out_images: str | None = None,
+        pre_processor: nn.Module | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        check_positive(
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            vectors_per_step=vectors_per_step,
+            learning_rate=learning_rate,
+        )
+        check_not_negative(noise=noise)
+        rate = None if target_false_alarm_rate == "auto" else target_false_alarm_rate
+        if rate is not None and post_processor is not True:
+            msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
+            raise CflowError(msg)
+        may_choose_rate = target_false_alarm_rate == "auto" and post_processor is True
+        reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
+            post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.model: CflowModel = CflowModel(
+            backbone=backbone,
+            layers=layers,
+            condition_dims=condition_dims,
+            coupling_blocks=coupling_blocks,
+            clamp=clamp,
+            permutation=permutation,
+            neighbourhood=neighbourhood,
+            padding=padding,
+            sigma=sigma,
+            top_fraction=top_fraction,
+            position_correction=position_correction,
+        )
+        self.reference = reference
+        self.progress = resuming.Progress()
+        self.calibration = Calibration()
+
+    # What anomalib asks a model
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check: before training there is nothing to validate."""
+        # The recipe has a length of its own, and the encoder is in eval mode by intention.
+        warnings.filterwarnings("ignore", message=".*max_epochs. was not set")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+        return {"num_sanity_val_steps": 0}
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """A look at the images, vectors in their place, and a checkpoint that a run that dies is resumed from."""
+        own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), checkpoints.LastEpoch()]
+        return [*super().configure_callbacks(), *own]
+
+    # Before training
+
+    def setup(self, stage: str) -> None:
+        """Join the other processes, and plan the run."""
+        join_processes(self.trainer)
+        checkpoints.use_checkpoint_files(self.trainer)
+        if stage == "fit":
+            plan_run(self.trainer, self.hparams["epochs"])
+
+    def on_fit_start(self) -> None:
+        """Load ImageNet weights unless they are there: a restored model brings its own."""
+        if not self.progress.encoder_is_loaded:
+            self.model.encoder.check_size(self.hparams["image_size"])
+            encoder_weights.load(self.model.encoder, self.hparams["weights"], self.hparams["pre_trained"])
+        self.progress.encoder_is_loaded = True
+
+    def vectors_of(self, images: DataLoader) -> VectorLoader:
+        """What is trained on: feature vectors of the images, but for those that are held out for the thresholds.
+
+        Args:
+            images: Loader of training images.
+
+        Raises:
+            CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
+        """
+        seed = self.progress.seed_of(self.trainer)
+        begun = self.progress.training_has_begun
+        loader = VectorLoader(
+            self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
+            lambda images: self.model.encoder(self._prepared(images)),
+            self._fit_whitening,
+            lambda: self.current_epoch,
+            steps=self.hparams["steps_per_epoch"],
+            vectors_per_step=self.hparams["vectors_per_step"],
+            with_noise=self.hparams["noise"] > 0,
+            seed=seed,
+            rank=self.global_rank,
+            processes=self.trainer.world_size,
+        )
+        self.calibration.begin(loader, self.reference.loader, lambda images: self.model(self._prepared(images)))
+        return loader
+
+    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(self.device)
+        return self.pre_processor(images) if self.pre_processor else images
+
+    def _fit_whitening(self, bank: FeatureBank) -> None:
+        if self.hparams["whiten"] and not self.progress.training_has_begun:
+            for decoder, features in zip(self.model.decoders, bank.features, strict=True):
+                decoder.whitening.fit(features.flatten(0, 1))
+        self.progress.training_has_begun = True
+
+    # Training
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam on the decoders, with the schedule asked for."""
+        settings = {name: self.hparams[name] for name in ("learning_rate", "schedule", "warmup_epochs")}
+        return optimization.configure(self.model.decoders.parameters(), self.trainer, **settings)
+
+    def on_train_start(self) -> None:
+        """Refuse to go on with a run for longer than it was planned for.
+
+        Raises:
+            CflowError: If that is asked for.
+        """
+        self.progress.plan(self.trainer)
+
+    def training_step(self, batch: VectorBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Compute the loss of one batch, summed over scales.
+
+        Raises:
+            CflowError: If the loss is not finite.
+        """
+        del batch_idx
+        logged = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
+        loss, likelihoods = loss_of(self.model, batch, self.hparams["noise"], self.current_epoch)
+        for name, likelihood in zip(self.model.encoder.layers, likelihoods, strict=True):
+            self.log(f"train_nll_{name}", -likelihood, **logged)
+        self.log("train_loss", loss.detach(), prog_bar=True, **logged)
+        self.log("learning_rate", self.optimizers().param_groups[0]["lr"], prog_bar=True, batch_size=1)
+        return loss
+
+    # When an epoch ends, and when the run does
+
+    def on_validation_start(self) -> None:
+        """Set the scoring constants and thresholds before validation scores anything and writes a checkpoint."""
+        self.calibration.before_validation(self)
+
+    def on_train_epoch_end(self) -> None:
+        """Set the scoring constants, and when training ends the thresholds, before a checkpoint is written."""
+        self.calibration.after_epoch(self)
+
+    def on_fit_end(self) -> None:
+        """Give the features' memory back, and leave a model where it is looked for."""
+        self.calibration.end()
+        self.reference.loader = None
+        self.progress.continued_from = self.trainer.ckpt_path
+        checkpoints.write_missing_checkpoints(self.trainer)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a resumed run has to know beside weights."""
+        super().on_save_checkpoint(checkpoint)
+        self.progress.write(checkpoint, self.reference.chosen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the checkpoint's settings, and note that the weights are its own.
+
+        Raises:
+            CflowError: If it is of another kind of model, or its weights are not finite.
+        """
+        if self.progress.tests_what_was_trained(self, checkpoint):
+            return
+        super().on_load_checkpoint(checkpoint)
+        resuming.take_over_settings(self, checkpoint.get("hyper_parameters", {}))
+        checkpoints.check_weights(checkpoint["state_dict"], self.model)
+        self.reference.chosen = self.progress.read(checkpoint)
+
+
+publish("anomalib.models", CflowPlugin)

@@ -1,0 +1,58 @@
+"""Settings that are out of range, and the length of a run where the user has not set one."""
+
+__all__ = ["check_not_negative", "check_positive", "plan_run"]
+
+from anomalib.data.utils import ValSplitMode
+from lightning import Trainer
+
+from cflow_plugin.errors import CflowError
+
+_LIGHTNING_DEFAULT_EPOCHS = 1000
+
+
+def check_positive(**settings: float | None) -> None:
+    """Raise if a setting is not above 0.
+
+    Args:
+        **settings: Settings by their names; ``None`` is not looked at.
+
+    Raises:
+        CflowError: If one is not.
+    """
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            msg = f"{name} must be above 0, got {value}."
+            raise CflowError(msg)
+
+
+def check_not_negative(**settings: float) -> None:
+    """Raise if a setting is below 0.
+
+    Args:
+        **settings: Settings by their names.
+
+    Raises:
+        CflowError: If one is.
+    """
+    for name, value in settings.items():
+        if not value >= 0:
+            msg = f"{name} must not be negative, got {value}."
+            raise CflowError(msg)
+
+
+def plan_run(trainer: Trainer, epochs: int) -> None:
+    """Give a run the recipe's length, and one validation at its end, where the user has not asked for others.
+
+    Args:
+        trainer: The trainer, being set up.
+        epochs: The recipe's length.
+    """
+    loops = trainer.fit_loop
+    if loops.max_epochs == _LIGHTNING_DEFAULT_EPOCHS:
+        loops.max_epochs = epochs
+    if trainer.check_val_every_n_epoch == 1 and loops.max_epochs and loops.max_epochs > 0:
+        # Thresholds are wanted of the trained model only.
+        trainer.check_val_every_n_epoch = loops.max_epochs
+    if getattr(getattr(trainer, "datamodule", None), "val_split_mode", None) == ValSplitMode.NONE:
+        # anomalib's data modules fail when they are asked for validation images that they do not have.
+        trainer.limit_val_batches = 0

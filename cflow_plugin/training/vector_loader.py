@@ -1,0 +1,170 @@
+"""An epoch's batches of feature vectors, in the place of the loader of images."""
+
+__all__ = ["TrainOnVectors", "VectorLoader", "is_random"]
+
+import logging
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
+
+from cflow_plugin.errors import CflowError
+from cflow_plugin.images.loading import loader_of
+from cflow_plugin.training.distributed import share_of_batch
+from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
+from cflow_plugin.training.loader_replacement import LoaderReplacement
+
+logger = logging.getLogger(__name__)
+
+
+class TrainOnVectors(LoaderReplacement):
+    """Lets a trainer iterate over feature vectors where the data module gives images.
+
+    Args:
+        make_loader: Makes the loader of vectors out of the data module's loader of images, once a run.
+    """
+
+    def __init__(self, make_loader: Callable[[DataLoader], "VectorLoader"]) -> None:
+        super().__init__()
+        self._make_loader = make_loader
+        self._loader: VectorLoader | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace the data module's training loader.
+
+        Raises:
+            CflowError: If there is no data module.
+        """
+        if stage != "fit":
+            return
+        data = getattr(trainer, "datamodule", None)
+        if data is None:
+            msg = (
+                f"{type(pl_module).__name__} trains on a data module's images, and no other loader: pass "
+                "datamodule=..., for example anomalib.data.Folder(...)."
+            )
+            raise CflowError(msg)
+        self._loader = None
+        self.replace(data, "train_dataloader", self._once)
+
+    def _once(self, images: DataLoader) -> "VectorLoader":
+        if self._loader is None:
+            self._loader = self._make_loader(images)
+        return self._loader
+
+
+class VectorLoader:
+    """Batches of feature vectors of a loader's images.
+
+    The features are computed in the first epoch, and again in each if the images are augmented at random.
+
+    Args:
+        images: Loader of the images to train on.
+        extract: Images ``(B, 3, H, W)`` as they are loaded to features ``(B, D_k, H_k, W_k)`` at every scale.
+        prepare: Is shown the features before the first batch is drawn from them.
+        epoch: Tells the number of the epoch.
+        steps: Batches in an epoch; ``None`` for as many as one pass over all feature vectors takes.
+        vectors_per_step: Vectors of the finest scale in a batch; coarser ones have their share.
+        with_noise: Draw noise as well.
+        seed: The same seed and epoch give the same batches.
+        rank: Number of this process.
+        processes: How many there are; each gets its part of every batch.
+    """
+
+    def __init__(
+        self,
+        images: DataLoader,
+        extract: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+        prepare: Callable[[FeatureBank], None],
+        epoch: Callable[[], int],
+        *,
+        steps: int | None,
+        vectors_per_step: int,
+        with_noise: bool,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.images = images
+        self.seed = seed
+        self.bank: FeatureBank | None = None
+        self._extract = extract
+        self._prepare = prepare
+        self._epoch = epoch
+        self._steps = steps
+        self._vectors_per_step = vectors_per_step
+        self._with_noise = with_noise
+        self._rank = rank
+        self._processes = processes
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        if self._steps is None:
+            first = next(iter(loader_of(self.images.dataset, like=self.images, sampler=[0], batch_size=1)))
+            cells = self._extract(first.image)[0].shape[-2:].numel()
+            self._steps = max(1, len(cast(Sized, self.images.dataset)) * cells // self._vectors_per_step)
+        return self._steps
+
+    def __iter__(self) -> Iterator[VectorBatch]:
+        """Draw one epoch's batches."""
+        if self.bank is None or is_random(getattr(self.images.dataset, "augmentations", None)):
+            self.bank = None  # two at once may be more than the memory holds
+            self.bank = fill_bank(self.images, self._extract, torch.Generator().manual_seed(self.seed))
+        self._prepare(self.bank)
+        cells = [height * width for height, width in self.bank.sizes]
+        vectors = [max(1, self._vectors_per_step * count // cells[0]) for count in cells]
+        generator = torch.Generator().manual_seed(self.seed + 1 + self._epoch())
+        for batch in self.bank.batches(len(self), vectors, generator, self._with_noise):
+            yield share_of_batch(batch, self._rank, self._processes)
+
+
+@torch.no_grad()
+def fill_bank(
+    images: DataLoader, extract: Callable[[torch.Tensor], Sequence[torch.Tensor]], generator: torch.Generator
+) -> FeatureBank:
+    """Compute the features of all images.
+
+    Args:
+        images: Loader of images.
+        extract: See :class:`VectorLoader`.
+        generator: Chooses positions where memory does not hold all.
+
+    Raises:
+        CflowError: If there is no image, or a feature is not finite.
+    """
+    count = len(cast(Sized, images.dataset))
+    logger.info("Extracting the features of %d training images.", count)
+    bank = None
+    # The loader anew, unshuffled: the bank's order, and with it a resumed run, must not depend on earlier draws.
+    for batch in loader_of(images.dataset, like=images):
+        pyramid = extract(batch.image)
+        if any(not torch.isfinite(features).all() for features in pyramid):
+            msg = "The training features hold NaN or infinite values: check the training images and encoder weights."
+            raise CflowError(msg)
+        if bank is None:
+            bank = FeatureBank([(part.shape[-2], part.shape[-1]) for part in pyramid], generator)
+        bank.add(pyramid, images_expected=count)
+    if bank is None:
+        msg = "There is no training image; check --data.root and --data.category."
+        raise CflowError(msg)
+    return bank
+
+
+def is_random(augmentations: Transform | Any | None) -> bool:
+    """Whether the same image may come out differently in another epoch.
+
+    Args:
+        augmentations: A data set's augmentations, or ``None``.
+
+    Example:
+        >>> from torchvision.transforms.v2 import RandomRotation
+        >>> is_random(Compose([Resize((64, 64)), RandomRotation(5)]))
+        True
+    """
+    if augmentations is None:
+        return False
+    parts = augmentations.transforms if isinstance(augmentations, Compose) else [augmentations]
+    return not all(isinstance(part, Resize | Normalize | Identity) for part in parts)
