@@ -28,7 +28,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as written:  # on the disk before it gets its name, should the machine go down
             os.fsync(written.fileno())
-        os.replace(partial, file)
+        partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -55,7 +55,7 @@ def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
         files = sorted((file for file in partial.rglob("*") if file.is_file()), key=lambda file: file.name == last)
         (folder / last).unlink(missing_ok=True)
         for file in files:
-            os.replace(file, folder / file.name)
+            file.replace(folder / file.name)
     except (OSError, RuntimeError) as error:
         if shutil.disk_usage(folder).free < _FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error

@@ -10,7 +10,6 @@
 
 __all__ = ["share_results_folder"]
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,11 +30,12 @@ def share_results_folder(trainer: Trainer) -> None:
     if own != shared:
         with suppress(OSError):  # not empty, or not there
             own.rmdir()
-        trainer._default_root_dir = str(shared)  # noqa: SLF001  what every later folder is derived from
+        # What every later folder is derived from.
+        trainer._default_root_dir = str(shared)  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
     trainer.strategy.barrier()
     latest = shared.parent / "latest"
     if trainer.is_global_zero and latest.is_symlink() and latest.resolve() != shared:
         partial = latest.with_name(".latest")
         partial.unlink(missing_ok=True)
         partial.symlink_to(shared.name, target_is_directory=True)
-        os.replace(partial, latest)
+        partial.replace(latest)

@@ -65,7 +65,7 @@ class _Finder:
 
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, _AFTER[name])
+            spec.loader = _Loader(spec.loader, _AFTER[name])  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
 

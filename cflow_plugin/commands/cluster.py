@@ -96,7 +96,7 @@ def reason(error: BaseException) -> str:
         return "its worker died, probably for lack of memory or with its machine."
     while True:
         inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
-        if inner is None or isinstance(error, CflowError) and not isinstance(error, RayTaskError):
+        if inner is None or (isinstance(error, CflowError) and not isinstance(error, RayTaskError)):
             break
         error = inner
     return explain(error) or f"{type(error).__name__}: {error}".splitlines()[0]

@@ -2,7 +2,7 @@
 
 __all__ = ["ConformalPostProcessor"]
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -10,9 +10,9 @@ from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
-from cflow_plugin.buffers import take_shapes_from_checkpoints
 from cflow_plugin.decisions.conformal import check_enough, images_needed, p_values, threshold_rank
 from cflow_plugin.errors import CflowError
+from cflow_plugin.modules import take_shapes_from_checkpoints
 
 _RATE = "target_false_alarm_rate"
 _REFERENCE = ("reference_scores", "reference_maxima")
@@ -57,7 +57,7 @@ class ConformalPostProcessor(PostProcessor):
             if not self.enable_normalization or (self.image_sensitivity, self.pixel_sensitivity) != (0.5, 0.5):
                 msg = "With target_false_alarm_rate leave normalization on and sensitivities at 0.5: change the rate."
                 raise CflowError(msg)
-        self.target_false_alarm_rate = target_false_alarm_rate
+        self.target_false_alarm_rate: float | None = target_false_alarm_rate
         self.reference_scores: torch.Tensor
         self.reference_maxima: torch.Tensor
         for name in _REFERENCE:
@@ -70,6 +70,18 @@ class ConformalPostProcessor(PostProcessor):
     def is_conformal(self) -> bool:
         """Whether thresholds keep a false-alarm rate."""
         return self.target_false_alarm_rate is not None
+
+    @property
+    def rate(self) -> float:
+        """The false-alarm rate to be kept.
+
+        Raises:
+            CflowError: If none is.
+        """
+        if self.target_false_alarm_rate is None:
+            msg = "No false-alarm rate is asked for; set target_false_alarm_rate."
+            raise CflowError(msg)
+        return self.target_false_alarm_rate
 
     @property
     def is_calibrated(self) -> bool:
@@ -89,7 +101,7 @@ class ConformalPostProcessor(PostProcessor):
         if not (torch.isfinite(scores).all() and torch.isfinite(maxima).all()):
             msg = "The scores of the reference images hold NaN or infinite values: check those images."
             raise CflowError(msg)
-        check_enough(len(scores), self.target_false_alarm_rate)
+        check_enough(len(scores), self.rate)
         self.reference_scores = scores.detach().to(self.image_min).sort().values
         self.reference_maxima = maxima.detach().to(self.image_min).sort().values
         self._set_thresholds()
@@ -113,7 +125,7 @@ class ConformalPostProcessor(PostProcessor):
 
     @torch.no_grad()
     def _set_thresholds(self) -> None:
-        rank = threshold_rank(len(self.reference_scores), self.target_false_alarm_rate)
+        rank = threshold_rank(len(self.reference_scores), self.rate)
         image, pixel = self.reference_scores[rank - 1], self.reference_maxima[rank - 1]
         set_thresholds(self, image, pixel)
         for threshold, low, high in (
@@ -139,8 +151,8 @@ class ConformalPostProcessor(PostProcessor):
 
     def _normalized(self) -> tuple[torch.Tensor, torch.Tensor]:
         raw = InferenceBatch(pred_score=self.reference_scores, anomaly_map=self.reference_maxima)
-        result = super().forward(raw)
-        return result.pred_score, result.anomaly_map
+        scores, _, maxima, _ = super().forward(raw)
+        return cast("torch.Tensor", scores), cast("torch.Tensor", maxima)
 
     def image_p_values(self, pred_score: torch.Tensor) -> torch.Tensor:
         """Conformal p-values of images; those of at most ``target_false_alarm_rate`` are the anomalous ones.

@@ -4,7 +4,7 @@ __all__ = ["ReferenceImages", "choose_reference"]
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, PredictDataset
@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from cflow_plugin.decisions.conformal import check_enough, images_needed
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.loading import loader_of_part
+from cflow_plugin.images.loading import data_module_of, images_in, loader_of_part
 from cflow_plugin.images.reading import check_images
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +55,17 @@ class ReferenceImages:
         self._share = share
         self._folder = folder
         self._may_choose_rate = may_choose_rate
-        self.loader: DataLoader | None = None
+        self.loader: DataLoader[Any] | None = None
         self.chosen: dict[str, Any] | None = None
 
     def hold_out(
         self,
-        images: DataLoader,
+        images: DataLoader[Any],
         post_processor: nn.Module | None,
         trainer: Trainer,
         seed: int,
         training_has_begun: bool,
-    ) -> DataLoader:
+    ) -> DataLoader[Any]:
         """Set good images aside for the thresholds, if a false-alarm rate is to be kept.
 
         Args:
@@ -79,13 +82,12 @@ class ReferenceImages:
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
         if isinstance(post_processor, PostProcessor):
-            self.choose_rate(post_processor, trainer, len(images.dataset), training_has_begun)
+            self.choose_rate(post_processor, trainer, images_in(images), training_has_begun)
         if not (isinstance(post_processor, ConformalPostProcessor) and post_processor.is_conformal):
             return images
         # Thresholds of an earlier training would not fit the weights that are saved from now on.
         post_processor.forget()
-        rate = post_processor.target_false_alarm_rate
-        return self.take_from(images, trainer.datamodule, rate, seed, training_has_begun)
+        return self.take_from(images, data_module_of(trainer), post_processor.rate, seed, training_has_begun)
 
     def choose_rate(
         self, post_processor: PostProcessor, trainer: Trainer, images: int, training_has_begun: bool
@@ -98,17 +100,15 @@ class ReferenceImages:
             images: Number of training images.
             training_has_begun: Whether the model may have seen all of them already.
         """
-        data = trainer.datamodule
+        data = data_module_of(trainer)
         validation_is_off = not trainer.limit_val_batches and hasattr(data, "val_data")
-        if validation_is_off or getattr(post_processor, "target_false_alarm_rate", None) is not None:
+        takes_rate = isinstance(post_processor, ConformalPostProcessor)
+        if validation_is_off or (takes_rate and post_processor.is_conformal):
             return
         reason = None if data is None else _why_not_f1(data)
         needed = images_needed(_AUTOMATIC_RATE)
-        if self._may_choose_rate and (
-            self._folder is not None
-            or (reason and _good_validation_images(data) >= needed)
-            or (reason and images >= 2 * needed and not training_has_begun)
-        ):
+        enough = _good_validation_images(data) >= needed or (images >= 2 * needed and not training_has_begun)
+        if takes_rate and self._may_choose_rate and (self._folder is not None or (reason and enough)):
             logger.info(
                 "%s; thresholds are set for a false-alarm rate of %g (--model.target_false_alarm_rate).",
                 reason or "Good images to set thresholds by are given",
@@ -125,8 +125,8 @@ class ReferenceImages:
             )
 
     def take_from(
-        self, images: DataLoader, data: AnomalibDataModule | None, rate: float, seed: int, training_has_begun: bool
-    ) -> DataLoader:
+        self, images: DataLoader[Any], data: AnomalibDataModule | None, rate: float, seed: int, training_has_begun: bool
+    ) -> DataLoader[Any]:
         """Set images aside.
 
         Args:
@@ -142,10 +142,10 @@ class ReferenceImages:
         Raises:
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
-        total = len(images.dataset)
+        total = images_in(images)
         if self._folder is not None:
             self.loader = _given_images(self._folder)
-            check_enough(len(self.loader.dataset), rate)
+            check_enough(images_in(self.loader), rate)
             return images
         if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):
             logger.info("The thresholds come from the %d validation images, all good.", _good_validation_images(data))
@@ -225,14 +225,14 @@ def _why_not_f1(data: AnomalibDataModule) -> str | None:
     return None if getattr(validation, "has_anomalous", True) else "No validation image shows a defect"
 
 
-def _good_validation_images(data: AnomalibDataModule) -> int:
+def _good_validation_images(data: AnomalibDataModule | None) -> int:
     """How many validation images can set thresholds: all, if none shows a defect and none is tested on.
 
     Args:
         data: What is trained on, after its set-up.
     """
     validation = getattr(data, "val_data", None)
-    if validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
+    if data is None or validation is None or data.val_split_mode == ValSplitMode.SAME_AS_TEST:
         return 0
     return 0 if getattr(validation, "has_anomalous", True) else len(validation)
 
@@ -259,13 +259,13 @@ def _warn_of_few_videos(held_out: DataFrame, trained_on: DataFrame, rate: float)
         )
 
 
-def _table(images: Dataset) -> DataFrame:
+def _table(images: Dataset[Any]) -> DataFrame:
     """A data set's rows, without columns where it is none of anomalib's."""
     samples = getattr(images, "samples", None)
-    return samples if isinstance(samples, DataFrame) else DataFrame(index=range(len(images)))
+    return samples if isinstance(samples, DataFrame) else DataFrame(index=range(len(cast("Sized", images))))
 
 
-def _given_images(folder: str) -> DataLoader:
+def _given_images(folder: str) -> DataLoader[Any]:
     """A loader of a folder's images, one by one in their own sizes.
 
     Args:

@@ -50,7 +50,7 @@ def read_reference_scores(path: Path) -> np.ndarray | None:
 
 def _from_openvino(path: Path) -> list[float] | None:
     found = ElementTree.parse(path).find(f"./rt_info/{KEY}")
-    return None if found is None else json.loads(found.get("value"))
+    return None if found is None else json.loads(found.get("value", "[]"))
 
 
 def _from_onnx(path: Path) -> list[float] | None:

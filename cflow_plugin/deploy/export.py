@@ -4,32 +4,32 @@ __all__ = ["FoldedExport"]
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import openvino
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType, ExportType
+from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
-from anomalib.post_processing import PostProcessor
 from torchmetrics import Metric
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_scores import KEY
 from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, note_in_onnx
-from cflow_plugin.deploy.quantization import compress
+from cflow_plugin.deploy.quantization import check_data, compress
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
 from cflow_plugin.model.torch_model import CflowModel
 
-_CALIBRATED = {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}
+# Where a mixin stands in front of it, anomalib's module is what self is.
+_Base = AnomalibModule if TYPE_CHECKING else ExportMixin
 
 
-class FoldedExport(ExportMixin):
+class FoldedExport(_Base):
     """Export with the decoders folded, and with what a file says of its decisions."""
 
-    model: CflowModel
-    post_processor: PostProcessor | None
+    model: CflowModel  # pyright: ignore[reportIncompatibleVariableOverride]  never any other module
 
     def to_onnx(
         self,
@@ -95,9 +95,8 @@ class FoldedExport(ExportMixin):
         del task, onnx_kwargs
         self.check_exportable()
         kind = None if compression_type is None else CompressionType(compression_type)
-        if kind in _CALIBRATED and datamodule is None:  # fail before the slow conversion
-            msg = f"{kind.value} is calibrated on training images: pass the data the model was trained on with --data."
-            raise CflowError(msg)
+        if kind is not None:
+            check_data(kind, datamodule)  # before the slow conversion
         model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
         if kind is not None:
             model = compress(model, kind, datamodule, metric, max_drop)

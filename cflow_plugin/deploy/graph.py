@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import openvino as ov
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule
@@ -25,10 +26,13 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.model.folded import FoldedModel
 
+if TYPE_CHECKING:
+    from cflow_plugin.model.torch_model import CflowModel
+
 logger = logging.getLogger(__name__)
 
 
-class InferenceGraph(ExportMixin, LightningModule):
+class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]  as in anomalib's own modules
     """What goes into a file: pre-processing, the folded model, post-processing, and nothing of the training.
 
     Args:
@@ -44,21 +48,24 @@ class InferenceGraph(ExportMixin, LightningModule):
         CflowError: If the size of the images behind the pre-processing is not known.
     """
 
-    def __init__(self, model: LightningModule, input_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, model: AnomalibModule, input_size: tuple[int, int] | None = None) -> None:
         super().__init__()
         size, self.transform = _split(getattr(model.pre_processor, "transform", None))
         if size is None and input_size is None:
             msg = "The model's pre-processing lets images keep their size; name the one to export for: --input_size."
             raise CflowError(msg)
-        self.size = size or tuple(input_size)
-        self.resizes = input_size is None or tuple(input_size) != self.size
+        # The command line gives lists.
+        given = None if input_size is None else (input_size[0], input_size[1])
+        self.size = cast("tuple[int, int]", size or given)
+        self.resizes = given != self.size
         self.post_processor = deepcopy(model.post_processor)
         if isinstance(self.post_processor, PostProcessor):
             ranges = torch.stack([self.post_processor.image_min, self.post_processor.pixel_min])
             if ranges.isnan().all():
                 # Never validated: nothing is normalised, and a graph full of NaN is what some runtimes refuse.
                 self.post_processor.enable_normalization = False
-        self.model: FoldedModel = deepcopy(model.model).cpu().eval().folded(self.size)
+        whole = deepcopy(cast("CflowModel", model.model)).cpu().eval()
+        self.model: FoldedModel = whole.folded(self.size)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.eval()
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
@@ -71,9 +78,10 @@ class InferenceGraph(ExportMixin, LightningModule):
 
 def _split(transform: Transform | None) -> tuple[tuple[int, int] | None, nn.Module | None]:
     """The size that a transform begins with resizing to, and the rest of it."""
-    first, *rest = transform.transforms if isinstance(transform, Compose) else [transform]
-    if isinstance(first, Resize) and len(first.size) == 2:
-        return (first.size[0], first.size[1]), nn.Sequential(*map(deepcopy, rest))
+    parts: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
+    size = parts[0].size if isinstance(parts[0], Resize) else None
+    if size is not None and len(size) == 2:
+        return (size[0], size[1]), nn.Sequential(*map(deepcopy, parts[1:]))
     return None, deepcopy(transform)
 
 
@@ -88,9 +96,7 @@ class _Outputs(nn.Module):
         return tuple(value for value in self.inference(images) if value is not None)
 
 
-def convert_to_openvino(
-    model: LightningModule, input_size: tuple[int, int] | None = None, **arguments: Any
-) -> ov.Model:
+def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | None = None, **arguments: Any) -> ov.Model:
     """Convert a trained model to OpenVINO in full precision.
 
     Args:
@@ -153,7 +159,7 @@ def _keep_positions_in_parts(converted: ov.Model, model: FoldedModel) -> None:
     for block in wanted:
         position = block.position.numpy()
         for node in by_shape.get(position.shape, []):
-            if np.allclose(node.data.reshape(position.shape), position, atol=1e-6):
+            if np.allclose(np.asarray(node.data).reshape(position.shape), position, atol=1e-6):
                 parts = operations.add(
                     operations.constant(block.rows.numpy()), operations.constant(block.columns.numpy())
                 )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openvino as ov
@@ -23,6 +23,25 @@ from torchvision.transforms.v2.functional import resize
 from cflow_plugin.errors import CflowError
 
 logger = logging.getLogger(__name__)
+
+
+def check_data(kind: CompressionType, datamodule: AnomalibDataModule | None) -> AnomalibDataModule:
+    """Raise if a compression needs data and has none.
+
+    Args:
+        kind: Which compression.
+        datamodule: The data.
+
+    Returns:
+        The data, where they are needed.
+
+    Raises:
+        CflowError: If they are needed and not given.
+    """
+    if datamodule is None and kind in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}:
+        msg = f"{kind.value} is calibrated on training images: pass the data the model was trained on with --data."
+        raise CflowError(msg)
+    return cast("AnomalibDataModule", datamodule)
 
 
 def compress(
@@ -51,12 +70,13 @@ def compress(
         return model
     if kind == CompressionType.INT8:
         return _nncf().compress_weights(model)
-    images = TrainingImages(datamodule, _fixed_size(model))
+    data = check_data(kind, datamodule)
+    images = TrainingImages(data, _fixed_size(model))
     logger.info("Calibrating INT8 on %d training images.", len(images))
     if kind == CompressionType.INT8_PTQ:
         return quantize(model, images)
     metric = metric or F1Score(fields=["pred_label", "gt_label"])
-    return quantize_with_accuracy_control(model, images, datamodule.val_dataloader(), metric, max_drop)
+    return quantize_with_accuracy_control(model, images, data.val_dataloader(), metric, max_drop)
 
 
 def _fixed_size(model: ov.Model) -> tuple[int, int] | None:
@@ -91,7 +111,7 @@ class TrainingImages:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield images ``(1, 3, H, W)``."""
         for index in self.indices:
-            image = self.dataset[index].image[None]
+            image = cast("torch.Tensor", self.dataset[index].image)[None]
             yield (image if self.size is None else resize(image, list(self.size), antialias=True)).numpy()
 
 
@@ -155,7 +175,8 @@ def quantize_with_accuracy_control(
     def measure(compiled: ov.CompiledModel, batches: Iterable[Batch]) -> float:
         metric.reset()
         for batch in batches:
-            image = batch.image if size is None else resize(batch.image, list(size), antialias=True)
+            image = cast("torch.Tensor", batch.image)
+            image = image if size is None else resize(image, list(size), antialias=True)
             results = compiled(image.numpy())
             found = {
                 name: torch.from_numpy(results[name])

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from cflow_plugin.images.listing import IMAGES
+from cflow_plugin.images.loading import data_module_of
 from cflow_plugin.images.reading import check_images, unreadable
 
 _SPLITS = ("train_data", "val_data", "test_data")
@@ -38,25 +39,26 @@ class ImageFileCheck(Callback):
         if not isinstance(exception, Exception) or not _is_of_pillow(exception):
             return
         # The exception is left as it is: the run still has to be wound up by others.
-        exception.explanation = unreadable(*_files(trainer))
-        if exception.explanation and sys.version_info >= (3, 11):
-            exception.add_note(exception.explanation)
+        explanation = unreadable(*_files(trainer))
+        vars(exception)["explanation"] = explanation
+        if explanation and sys.version_info >= (3, 11):
+            exception.add_note(explanation)
 
 
 def _is_of_pillow(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     # An error of a loader's process comes as text.
-    return any("/PIL/" in frame.filename for frame in frames) or "/PIL/" in str(error)
+    names = [frame.filename for frame in frames] + [str(error)]
+    return any(f"{separator}PIL{separator}" in name for name in names for separator in "/\\")
 
 
 def _files(trainer: Trainer) -> tuple[list[str], list[str]]:
     """Image files and mask files of a run."""
-    data = trainer.datamodule
+    data = data_module_of(trainer)
     datasets = [getattr(data, name) for name in _SPLITS if getattr(data, name, None) is not None]
     for loaders in (trainer.test_dataloaders, trainer.predict_dataloaders):
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            if isinstance(loader, DataLoader):
-                datasets.append(loader.dataset)
+        every = loaders if isinstance(loaders, list) else [loaders]
+        datasets.extend(loader.dataset for loader in every if isinstance(loader, DataLoader))
     images: dict[str, None] = {}
     masks: dict[str, None] = {}
     for dataset in datasets:

@@ -1,17 +1,40 @@
 """Loaders of a part of another loader's images, alike in everything else."""
 
-__all__ = ["loader_of", "loader_of_part"]
+__all__ = ["data_module_of", "images_in", "loader_of", "loader_of_part"]
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
+from anomalib.data import AnomalibDataModule
+from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 
+def data_module_of(trainer: Trainer) -> AnomalibDataModule | None:
+    """The data module that a trainer was given, if it was.
+
+    Args:
+        trainer: The trainer, which has no such attribute in Lightning's annotations.
+    """
+    return getattr(trainer, "datamodule", None)
+
+
+def images_in(loader: DataLoader[Any]) -> int:
+    """Number of images that a loader loads.
+
+    Args:
+        loader: Loader of images, whose data set knows its length.
+    """
+    return len(cast("Sized", loader.dataset))
+
+
 def loader_of(
-    images: Dataset, like: DataLoader, sampler: Sampler | Iterable[int] | None = None, batch_size: int | None = None
-) -> DataLoader:
+    images: Dataset[Any],
+    like: DataLoader[Any],
+    sampler: Sampler | Iterable[int] | None = None,
+    batch_size: int | None = None,
+) -> DataLoader[Any]:
     """A loader, in order, with another one's settings.
 
     Args:
@@ -29,7 +52,7 @@ def loader_of(
     return DataLoader(images, batch_size=batch_size or like.batch_size, sampler=sampler, **settings)
 
 
-def loader_of_part(loader: DataLoader, indices: Sequence[int], augmented: bool = True) -> DataLoader:
+def loader_of_part(loader: DataLoader[Any], indices: Sequence[int], augmented: bool = True) -> DataLoader[Any]:
     """A loader, in order, of a part of another loader's images.
 
     Args:
@@ -37,7 +60,7 @@ def loader_of_part(loader: DataLoader, indices: Sequence[int], augmented: bool =
         indices: Which images.
         augmented: Keep the data set's augmentations.
     """
-    images = loader.dataset
+    images: Any = loader.dataset
     if not augmented and getattr(images, "augmentations", None) is not None:
         images = copy(images)
         images.augmentations = None

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -60,13 +61,13 @@ def _reasons(path: str | os.PathLike) -> Iterator[None]:
             yield
     except ImageFileError:
         raise
-    except _Unsuitable as error:
+    except _UnsuitableError as error:
         raise ImageFileError(path, str(error)) from None
     except UnidentifiedImageError as error:
-        what = "the file is empty" if os.path.getsize(path) == 0 else "it is of no known image format, or damaged"
+        what = "the file is empty" if Path(path).stat().st_size == 0 else "it is of no known image format, or damaged"
         raise ImageFileError(path, what) from error
     except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise ImageFileError(path, f"it has more than {limit} million pixels; cut it into parts") from error
     except MemoryError as error:
         raise ImageFileError(path, "there is not enough memory for it") from error
@@ -75,7 +76,7 @@ def _reasons(path: str | os.PathLike) -> Iterator[None]:
         raise ImageFileError(path, reason.splitlines()[0]) from error
 
 
-class _Unsuitable(Exception):
+class _UnsuitableError(Exception):
     """An image that can be read and must not be used."""
 
 
@@ -85,7 +86,7 @@ def _check_mode(image: Image.Image) -> None:
             "its grey values have more than 8 bits, which would be clipped to white; save it with 8 bits, all images "
             "with the same scale"
         )
-        raise _Unsuitable(message)
+        raise _UnsuitableError(message)
 
 
 def check_images(images: Iterable[str | os.PathLike], masks: Iterable[str | os.PathLike] = ()) -> None:

@@ -4,7 +4,7 @@ __all__ = ["BACKBONES", "Backbone", "Encoder", "Padding"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import timm
 import torch
@@ -249,7 +249,7 @@ def _truncate(network: nn.Module, layers: Sequence[str]) -> nn.Module:
     """Cut the network after the last of the layers, and drop what is not needed to compute them."""
     extractor = create_feature_extractor(network, {layer: layer for layer in layers})
     # A graph module copies only what its graph calls, so the layers above the last tapped one do not come along.
-    graph = extractor.eval_graph
+    graph = cast("fx.Graph", extractor.eval_graph)
     for node in list(graph.nodes):
         if is_shape_check(node):  # it would keep the module whose output it checks alive
             graph.erase_node(node)

@@ -36,7 +36,7 @@ class FilterBank(nn.Module):
         super().__init__()
         self.scales = list(scales)
         kernels = [
-            gabor_kernel(frequency, theta=math.pi * index / _ORIENTATIONS, bandwidth=1.2)
+            gabor_kernel(frequency, math.pi * index / _ORIENTATIONS, bandwidth=1.2)  # pyright: ignore[reportArgumentType]
             for frequency in _FREQUENCIES
             for index in range(_ORIENTATIONS)
         ]

@@ -4,7 +4,8 @@ __all__ = ["ConditionalFlow", "CouplingBlock", "Whitening", "log_likelihood"]
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from functools import reduce
+from typing import Literal, cast
 
 import torch
 from FrEIA.framework import SequenceINN
@@ -57,7 +58,7 @@ class Whitening(InvertibleModule):
     def __init__(
         self, dims_in: Sequence[tuple[int]], dims_c: Sequence[tuple[int]] | None = None, shrinkage: float = 0.01
     ) -> None:
-        super().__init__(dims_in, dims_c)
+        super().__init__(dims_in, dims_c or [])
         dimensions = dims_in[0][0]
         self.shrinkage = shrinkage
         self.first_half = dimensions - dimensions // 2
@@ -79,9 +80,9 @@ class Whitening(InvertibleModule):
         """
         # In parts: a copy of all vectors in float64 would be twice as large as they are.
         parts = vectors.split(_VECTORS_AT_ONCE)
-        mean = sum(part.double().sum(0) for part in parts) / len(vectors)
-        covariance = sum(centred.T @ centred for centred in (part.double() - mean for part in parts))
-        covariance = covariance / max(1, len(vectors) - 1)
+        mean = reduce(torch.add, (part.double().sum(0) for part in parts)) / len(vectors)
+        centred = (part.double() - mean for part in parts)
+        covariance = reduce(torch.add, (part.T @ part for part in centred)) / max(1, len(vectors) - 1)
         if not torch.isfinite(covariance).all():
             msg = "The training features are not finite: the encoder's weights or the training images hold NaN or Inf."
             raise ValueError(msg)
@@ -100,7 +101,7 @@ class Whitening(InvertibleModule):
         self.matrix[second, second] = other_root.to(self.matrix)
         self.log_det.copy_(log_det + other_log_det)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the base class says Iterable and indexes
         self, x: Sequence[torch.Tensor], c: Sequence[torch.Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
         """See :class:`FrEIA.modules.InvertibleModule`; vectors are ``(..., D)``."""
@@ -160,7 +161,7 @@ class CouplingBlock(InvertibleModule):
         clamp: float = 1.9,
         permutation: Permutation = "swap",
     ) -> None:
-        super().__init__(dims_in, dims_c)
+        super().__init__(dims_in, dims_c or [])
         dimensions = dims_in[0][0]
         if dimensions < 2:
             msg = f"A coupling block needs vectors of at least two dimensions to split, got {dimensions}."
@@ -190,9 +191,14 @@ class CouplingBlock(InvertibleModule):
         self.register_buffer("rotation", matrix)
         self.swaps = permutation == "swap"
 
+    @property
+    def linear_layers(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two of the sub-network."""
+        return cast("nn.Linear", self.subnet[0]), cast("nn.Linear", self.subnet[2])
+
     def _coefficients(self, x1: torch.Tensor, c: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-scale and shift for the active half."""
-        first, _, second = self.subnet
+        first, second = self.linear_layers
         if self.condition_dims:
             from_position = functional.linear(torch.cat(list(c), -1), first.weight[:, self.passive :], first.bias)
             hidden = functional.linear(x1, first.weight[:, : self.passive]).add_(from_position)
@@ -201,7 +207,7 @@ class CouplingBlock(InvertibleModule):
         coefficients = 0.1 * second(hidden.relu_())
         return self.clamp * torch.tanh(coefficients[..., : self.active]), coefficients[..., self.active :]
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the base class says Iterable and indexes
         self, x: Sequence[torch.Tensor], c: Sequence[torch.Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
         """See :class:`FrEIA.modules.InvertibleModule`; vectors are ``(..., D)``, conditions broadcast against them."""
@@ -209,10 +215,11 @@ class CouplingBlock(InvertibleModule):
         scale = 0.1 * functional.softplus(self.global_scale[0], beta=0.5)
         log_scale = scale.log().sum()
         if rev:
-            if self.rotation is None:
-                y = x[0].index_select(-1, self.permutation.argsort())
-            else:
-                y = x[0] @ self.rotation
+            y = x[0]
+            if self.permutation is not None:
+                y = y.index_select(-1, self.permutation.argsort())
+            if self.rotation is not None:
+                y = y @ self.rotation
             x1, x2 = ((y - self.global_offset[0]) / scale).split([self.passive, self.active], dim=-1)
             s, t = self._coefficients(x1, c)
             return (torch.cat([x1, (x2 - t) * torch.exp(-s)], -1),), -(s.sum(-1) + log_scale)
@@ -274,7 +281,12 @@ class ConditionalFlow(SequenceINN):
     @property
     def whitening(self) -> Whitening:
         """The linear first layer."""
-        return self[0]
+        return cast("Whitening", self[0])
+
+    @property
+    def blocks(self) -> list[CouplingBlock]:
+        """The coupling blocks, in the order of the flow."""
+        return [cast("CouplingBlock", block) for block in self.module_list[1:]]
 
     def log_likelihood(
         self, vectors: torch.Tensor, condition: torch.Tensor, noise: torch.Tensor | None = None
@@ -293,7 +305,7 @@ class ConditionalFlow(SequenceINN):
             return log_likelihood(*self(vectors, [condition]))
         (u,), log_det = self.whitening((vectors,))
         u = u + noise
-        for block in self.module_list[1:]:
+        for block in self.blocks:
             (u,), contribution = block((u,), (condition,) if self.condition_dims else ())
             log_det = log_det + contribution
         return log_likelihood(u, log_det)

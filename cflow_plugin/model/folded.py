@@ -17,6 +17,7 @@ from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.model.position import positional_encoding_2d
 from cflow_plugin.model.scoring import AnomalyScoring
+from cflow_plugin.modules import ModuleListOf
 
 
 class FoldedModel(nn.Module):
@@ -38,7 +39,7 @@ class FoldedModel(nn.Module):
         like = next(encoder.parameters(), next(encoder.buffers()))
         pyramid = encoder(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
         sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
-        self.flows = nn.ModuleList(
+        self.flows = ModuleListOf[FoldedFlow](
             FoldedFlow(decoder, *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
         )
         self.scoring = scoring.folded(sizes, size)
@@ -83,7 +84,7 @@ class FoldedFlow(nn.Module):
     @torch.no_grad()
     def __init__(self, flow: ConditionalFlow, height: int, width: int) -> None:
         super().__init__()
-        whitening, blocks = flow.whitening, list(flow.module_list)[1:]
+        whitening, blocks = flow.whitening, flow.blocks
         # All constants are computed in float64 and rounded once.
         kept = whitening.mean
         gain = torch.ones(len(kept), dtype=torch.float64, device=kept.device)
@@ -96,12 +97,12 @@ class FoldedFlow(nn.Module):
             log_det = log_det + scale.log().sum()
             if not folded:
                 gain, offset = scale, shift
-            elif block.rotation is None:
+            elif block.permutation is not None:
                 inverse = block.permutation.argsort()
                 gain, offset = gain[inverse], offset[inverse]
                 gain, offset = gain * scale, gain * shift + offset
                 exchanges.insert(0, _Exchange(block))
-            else:
+            elif block.rotation is not None:
                 rotation = gain[:, None] * block.rotation.double()
                 exchanges.insert(
                     0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, kept), block.passive)
@@ -116,7 +117,7 @@ class FoldedFlow(nn.Module):
         # The first half of the whitened vector is made of the first half of the features alone.
         self.whitening_first = _linear(weight[:half, :half], bias[:half], kept)
         self.whitening_second = _linear(weight[half:], bias[half:], kept)
-        self.blocks = nn.ModuleList(folded)
+        self.blocks = ModuleListOf[_FoldedBlock](folded)
         self.exchanges = nn.ModuleList(exchanges)
         self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
 
@@ -133,10 +134,10 @@ class FoldedFlow(nn.Module):
         vectors = features.flatten(2).transpose(1, 2)
         first = self.whitening_first(vectors[..., : self.whitening_first.in_features])
         second = self.whitening_second(vectors)
-        total: torch.Tensor | None = None
+        total = torch.empty(0)
         for index, block in enumerate(self.blocks):
             log_scale, second = block(first, second)
-            total = log_scale.clone() if total is None else total.add_(log_scale)
+            total = total.add_(log_scale) if index else log_scale.clone()
             if index < len(self.exchanges):
                 first, second = self.exchanges[index](first, second)
         energy = total.sum(-1) - 0.5 * (first.square().sum(-1) + second.square().sum(-1))
@@ -150,7 +151,7 @@ class _FoldedBlock(nn.Module):
         super().__init__()
         like = block.global_scale
         self.passive, self.active, self.clamp = block.passive, block.active, block.clamp
-        first, _, second = block.subnet
+        first, second = block.linear_layers
         weight, bias = first.weight.double(), first.bias.double()
         from_state = weight[:, : self.passive] / gain[: self.passive]
         bias = bias - from_state @ offset[: self.passive]
@@ -193,7 +194,7 @@ class _Exchange(nn.Module):
         self.sizes = [block.passive, block.active]
         swaps = block.swaps and block.passive == block.active
         self.permutation: torch.Tensor | None
-        self.register_buffer("permutation", None if swaps else block.permutation.clone())
+        self.register_buffer("permutation", None if swaps else block.permutation)
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.permutation is None:

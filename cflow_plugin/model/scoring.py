@@ -3,14 +3,16 @@
 __all__ = ["AnomalyScoring", "FoldedScoring"]
 
 from collections.abc import Sequence
+from functools import reduce
 
+import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from torch import nn
 from torch.nn import functional
 
-from cflow_plugin.buffers import take_shapes_from_checkpoints
 from cflow_plugin.errors import CflowError
+from cflow_plugin.modules import take_shapes_from_checkpoints
 
 # A single extreme training vector must not set a scale's constant, so the "maximum" of the paper is this quantile.
 _UPPER_QUANTILE = 0.999
@@ -153,11 +155,12 @@ class FoldedScoring(nn.Module):
 
     def forward(self, log_likelihoods: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what :meth:`AnomalyScoring.forward` computes."""
-        anomaly_map: torch.Tensor | float = 0.0
+        maps = []
         for scale, values in enumerate(log_likelihoods):
             normalizer, rows, columns = (getattr(self, f"{name}_{scale}") for name in ("normalizer", "rows", "columns"))
             surprise = 1 - torch.exp(values - normalizer).clamp(max=1)
-            anomaly_map = anomaly_map + rows @ surprise @ columns
+            maps.append(rows @ surprise @ columns)
+        anomaly_map = reduce(torch.add, maps)
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
@@ -204,5 +207,6 @@ def _fill(mean: torch.Tensor) -> torch.Tensor:
     missing = torch.isnan(mean).cpu().numpy()
     if not missing.any():
         return mean
-    rows, columns = distance_transform_edt(missing, return_distances=False, return_indices=True)
-    return mean[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
+    nearest = np.asarray(distance_transform_edt(missing, return_distances=False, return_indices=True))
+    rows, columns = torch.from_numpy(nearest).long()
+    return mean[rows, columns]

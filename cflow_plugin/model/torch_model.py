@@ -15,6 +15,7 @@ from cflow_plugin.model.flow import ConditionalFlow, Permutation
 from cflow_plugin.model.folded import FoldedModel
 from cflow_plugin.model.position import positional_encoding_2d
 from cflow_plugin.model.scoring import AnomalyScoring
+from cflow_plugin.modules import ModuleListOf
 
 
 class CflowModel(nn.Module):
@@ -54,7 +55,7 @@ class CflowModel(nn.Module):
         super().__init__()
         self.condition_dims = condition_dims
         self.encoder = Encoder(backbone, layers, neighbourhood, padding)
-        self.decoders = nn.ModuleList(
+        self.decoders = ModuleListOf[ConditionalFlow](
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
             for channels in self.encoder.channels
         )
@@ -83,7 +84,7 @@ class CflowModel(nn.Module):
             For each scale ``(B, H_k, W_k)``, in nats per dimension.
         """
         if not self.training:
-            return self.folded(tuple(images.shape[-2:])).log_likelihoods(images)
+            return self.folded((images.shape[-2], images.shape[-1])).log_likelihoods(images)
         result = []
         for decoder, features in zip(self.decoders, self.encoder(images), strict=True):
             height, width = features.shape[-2:]
@@ -106,6 +107,16 @@ class CflowModel(nn.Module):
             found = FoldedModel(self.encoder, self.decoders, self.scoring, size)
             self._folded = {size: found}  # one at a time: it is as large as the model
         return found
+
+    def fit_whitening(self, features: Sequence[torch.Tensor]) -> None:
+        """Start the decoders from the features' covariance; see :meth:`Whitening.fit`.
+
+        Args:
+            features: For each scale ``(N, D_k)``, training features.
+        """
+        for decoder, vectors in zip(self.decoders, features, strict=True):
+            decoder.whitening.fit(vectors)
+        self._folded = {}
 
     def calibrate(self, log_likelihoods: Sequence[torch.Tensor]) -> None:
         """Set the scoring constants; see :meth:`AnomalyScoring.calibrate`.

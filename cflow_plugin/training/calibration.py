@@ -3,8 +3,8 @@
 __all__ = ["Calibration", "log_likelihoods_of", "scores_of"]
 
 import logging
-from collections.abc import Callable, Sized
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
+from cflow_plugin.images.loading import images_in
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.feature_bank import FeatureBank
 from cflow_plugin.training.vector_loader import VectorLoader
@@ -35,7 +36,7 @@ class Calibration:
     def begin(
         self,
         vectors: VectorLoader,
-        reference: DataLoader | None,
+        reference: DataLoader[Any] | None,
         score: Callable[[torch.Tensor], InferenceBatch],
     ) -> None:
         """Take note of what a run calibrates on.
@@ -50,7 +51,7 @@ class Calibration:
     def end(self) -> None:
         """Let go of features and images."""
         self.vectors: VectorLoader | None = None
-        self.reference: DataLoader | None = None
+        self.reference: DataLoader[Any] | None = None
         self._score: Callable[[torch.Tensor], InferenceBatch] | None = None
 
     def before_validation(self, module: AnomalibModule) -> None:
@@ -84,7 +85,7 @@ class Calibration:
 
     def _set_constants(self, module: AnomalibModule, images: int) -> None:
         if self.vectors is not None and self.vectors.bank is not None:
-            model = cast(CflowModel, module.model)
+            model = cast("CflowModel", module.model)
             model.calibrate(log_likelihoods_of(self.vectors.bank, model, images, self.vectors.seed))
 
     def _set_thresholds(self, module: AnomalibModule) -> None:
@@ -92,10 +93,10 @@ class Calibration:
             return
         training = module.model.training
         module.model.eval()
-        logger.info("Scoring %d good images for the thresholds.", len(cast(Sized, self.reference.dataset)))
+        logger.info("Scoring %d good images for the thresholds.", images_in(self.reference))
         scores, maxima = scores_of(self.reference, self._score)
         module.model.train(training)
-        cast(ConformalPostProcessor, module.post_processor).calibrate(scores, maxima)
+        cast("ConformalPostProcessor", module.post_processor).calibrate(scores, maxima)
 
 
 @torch.no_grad()
@@ -125,7 +126,9 @@ def log_likelihoods_of(bank: FeatureBank, model: CflowModel, images: int, seed: 
 
 
 @torch.no_grad()
-def scores_of(images: DataLoader, score: Callable[[torch.Tensor], InferenceBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+def scores_of(
+    images: DataLoader[Any], score: Callable[[torch.Tensor], InferenceBatch]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Score images as new ones would be.
 
     Args:
@@ -139,5 +142,5 @@ def scores_of(images: DataLoader, score: Callable[[torch.Tensor], InferenceBatch
     for batch in images:
         result = score(batch.image)
         scores.append(result.pred_score)
-        maxima.append(result.anomaly_map.flatten(1).amax(1))
+        maxima.append(cast("torch.Tensor", result.anomaly_map).flatten(1).amax(1))
     return torch.cat(scores), torch.cat(maxima)

@@ -13,7 +13,6 @@ __all__ = [
 
 import io
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -112,7 +111,7 @@ def translate_errors(path: str | Path) -> Iterator[None]:
     Args:
         path: The checkpoint.
     """
-    if "://" not in str(path) and not os.path.isfile(path):
+    if "://" not in str(path) and not Path(path).is_file():
         message = f"There is no checkpoint at {path}; training writes one to weights/lightning/model.ckpt."
         raise CflowError(message)
     try:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from cflow_plugin.anomalib_patches.results_folder import share_results_folder
-from cflow_plugin.images.loading import loader_of
+from cflow_plugin.images.loading import data_module_of, images_in, loader_of
 from cflow_plugin.training.feature_bank import VectorBatch
 from cflow_plugin.training.loader_replacement import LoaderReplacement
 
@@ -43,9 +43,9 @@ class EvenShare(DistributedSampler):
         [[0, 2, 4], [1, 3]]
     """
 
-    def __init__(self, data: Dataset | Sized, rank: int, processes: int) -> None:
-        super().__init__(cast(Dataset, data), processes, rank, shuffle=False)
-        self._share = range(rank, len(cast(Sized, data)), processes)
+    def __init__(self, data: Dataset[Any] | Sized, rank: int, processes: int) -> None:
+        super().__init__(cast("Dataset", data), processes, rank, shuffle=False)
+        self._share = range(rank, len(cast("Sized", data)), processes)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the share's indices."""
@@ -65,7 +65,7 @@ class ScoreEveryImageOnce(LoaderReplacement):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the data module's loaders."""
         del pl_module
-        data = getattr(trainer, "datamodule", None)
+        data = data_module_of(trainer)
         name = {"fit": "val_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}.get(stage)
         if data is None or name is None or trainer.world_size == 1:
             return
@@ -73,9 +73,9 @@ class ScoreEveryImageOnce(LoaderReplacement):
 
 
 def _share_of(loader: Any, rank: int, processes: int) -> Any:
-    if not isinstance(loader, DataLoader) or len(cast(Sized, loader.dataset)) < processes:
+    if not isinstance(loader, DataLoader) or images_in(loader) < processes:
         return loader
-    batch_size = equal_batches(len(cast(Sized, loader.dataset)), processes, loader.batch_size or 1)
+    batch_size = equal_batches(images_in(loader), processes, loader.batch_size or 1)
     return loader_of(loader.dataset, loader, EvenShare(loader.dataset, rank, processes), batch_size)
 
 

@@ -4,9 +4,8 @@ __all__ = ["CflowPlugin"]
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -20,7 +19,6 @@ from cflow_plugin.anomalib_patches.registration import publish
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.deploy.export import FoldedExport
-from cflow_plugin.errors import CflowError
 from cflow_plugin.images.checking import ImageFileCheck
 from cflow_plugin.model import weights as encoder_weights
 from cflow_plugin.model.encoder import Padding
@@ -32,7 +30,7 @@ from cflow_plugin.training.distributed import ScoreEveryImageOnce, join_processe
 from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.training.loss import loss_of
 from cflow_plugin.training.one_class import OneClassMixin
-from cflow_plugin.training.settings import check_not_negative, check_positive, plan_run
+from cflow_plugin.training.settings import check_not_negative, check_positive, false_alarm_rate, plan_run
 from cflow_plugin.training.vector_loader import TrainOnVectors, VectorLoader
 
 
@@ -141,19 +139,16 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             learning_rate=learning_rate,
         )
         check_not_negative(noise=noise)
-        rate = None if target_false_alarm_rate == "auto" else target_false_alarm_rate
-        if rate is not None and post_processor is not True:
-            msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
-            raise CflowError(msg)
-        may_choose_rate = target_false_alarm_rate == "auto" and post_processor is True
+        rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
         reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
+        size = (image_size[0], image_size[1])
         super().__init__(
-            pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
+            pre_processor=self.configure_pre_processor(size) if pre_processor is True else pre_processor,
             post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.model: CflowModel = CflowModel(
+        self.model: CflowModel = CflowModel(  # pyright: ignore[reportIncompatibleVariableOverride]
             backbone=backbone,
             layers=layers,
             condition_dims=condition_dims,
@@ -183,7 +178,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """A look at the images, vectors in their place, and a checkpoint that a run that dies is resumed from."""
         own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), checkpoints.LastEpoch()]
-        return [*super().configure_callbacks(), *own]
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), *own]
 
     # Before training
 
@@ -201,7 +196,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             encoder_weights.load(self.model.encoder, self.hparams["weights"], self.hparams["pre_trained"])
         self.progress.encoder_is_loaded = True
 
-    def vectors_of(self, images: DataLoader) -> VectorLoader:
+    def vectors_of(self, images: DataLoader[Any]) -> VectorLoader:
         """What is trained on: feature vectors of the images, but for those that are held out for the thresholds.
 
         Args:
@@ -214,7 +209,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         begun = self.progress.training_has_begun
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
-            lambda images: self.model.encoder(self._prepared(images)),
+            lambda images: self.model.encoder(self.prepared(images)),
             self._fit_whitening,
             lambda: self.current_epoch,
             steps=self.hparams["steps_per_epoch"],
@@ -224,17 +219,12 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             rank=self.global_rank,
             processes=self.trainer.world_size,
         )
-        self.calibration.begin(loader, self.reference.loader, lambda images: self.model(self._prepared(images)))
+        self.calibration.begin(loader, self.reference.loader, lambda images: self.model(self.prepared(images)))
         return loader
-
-    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.device)
-        return self.pre_processor(images) if self.pre_processor else images
 
     def _fit_whitening(self, bank: FeatureBank) -> None:
         if self.hparams["whiten"] and not self.progress.training_has_begun:
-            for decoder, features in zip(self.model.decoders, bank.features, strict=True):
-                decoder.whitening.fit(features.flatten(0, 1))
+            self.model.fit_whitening([features.flatten(0, 1) for features in bank.features])
         self.progress.training_has_begun = True
 
     # Training
@@ -245,26 +235,18 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         return optimization.configure(self.model.decoders.parameters(), self.trainer, **settings)
 
     def on_train_start(self) -> None:
-        """Refuse to go on with a run for longer than it was planned for.
-
-        Raises:
-            CflowError: If that is asked for.
-        """
+        """Refuse to go on with a run for longer than it was planned for."""
         self.progress.plan(self.trainer)
 
     def training_step(self, batch: VectorBatch, batch_idx: int) -> STEP_OUTPUT:
-        """Compute the loss of one batch, summed over scales.
-
-        Raises:
-            CflowError: If the loss is not finite.
-        """
+        """Compute the loss of one batch, summed over scales."""
         del batch_idx
         logged = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
         loss, likelihoods = loss_of(self.model, batch, self.hparams["noise"], self.current_epoch)
         for name, likelihood in zip(self.model.encoder.layers, likelihoods, strict=True):
             self.log(f"train_nll_{name}", -likelihood, **logged)
         self.log("train_loss", loss.detach(), prog_bar=True, **logged)
-        self.log("learning_rate", self.optimizers().param_groups[0]["lr"], prog_bar=True, batch_size=1)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=1)
         return loss
 
     # When an epoch ends, and when the run does

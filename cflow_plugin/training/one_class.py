@@ -5,6 +5,7 @@ __all__ = ["OneClassMixin"]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
@@ -28,10 +29,10 @@ class OneClassMixin(_Module):
         """One-class: training images are good parts."""
         return LearningType.ONE_CLASS
 
-    @classmethod
-    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize and normalise."""
-        return CflowPreProcessor(super().configure_pre_processor(image_size).transform)
+        return CflowPreProcessor(AnomalibModule.configure_pre_processor(image_size).transform)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -47,6 +48,11 @@ class OneClassMixin(_Module):
         """
         with translate_errors(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
+        """Images ``(B, 3, H, W)`` as they are loaded to what the model takes, on its device."""
+        images = images.to(self.device)
+        return self.pre_processor(images) if self.pre_processor else images
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of validation images."""

@@ -5,8 +5,7 @@ __all__ = ["Progress", "take_over_settings"]
 import inspect
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.models.components import AnomalibModule
@@ -17,6 +16,9 @@ from cflow_plugin.anomalib_patches.augmentations import resize_as_model_does
 from cflow_plugin.errors import CflowError
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.checkpoints import versions, warn_of_other_versions
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 

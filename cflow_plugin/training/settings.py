@@ -1,6 +1,6 @@
 """Settings that are out of range, and the length of a run where the user has not set one."""
 
-__all__ = ["check_not_negative", "check_positive", "plan_run"]
+__all__ = ["check_not_negative", "check_positive", "false_alarm_rate", "plan_run"]
 
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
@@ -38,6 +38,27 @@ def check_not_negative(**settings: float) -> None:
         if not value >= 0:
             msg = f"{name} must not be negative, got {value}."
             raise CflowError(msg)
+
+
+def false_alarm_rate(asked: float | str | None, may_be_kept: bool) -> tuple[float | None, bool]:
+    """The rate that a user asks for.
+
+    Args:
+        asked: A rate, ``auto``, or ``None``.
+        may_be_kept: Whether the model has the post-processor that keeps rates.
+
+    Returns:
+        The rate, or ``None``, and whether another may be chosen.
+
+    Raises:
+        CflowError: If a rate is asked for and cannot be kept.
+    """
+    if asked is None or isinstance(asked, str):
+        return None, asked == "auto" and may_be_kept
+    if not may_be_kept:
+        msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
+        raise CflowError(msg)
+    return asked, False
 
 
 def plan_run(trainer: Trainer, epochs: int) -> None:

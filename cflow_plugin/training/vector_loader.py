@@ -3,8 +3,8 @@
 __all__ = ["TrainOnVectors", "VectorLoader", "is_random"]
 
 import logging
-from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Transform
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.loading import loader_of
+from cflow_plugin.images.loading import data_module_of, images_in, loader_of
 from cflow_plugin.training.distributed import share_of_batch
 from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.training.loader_replacement import LoaderReplacement
@@ -27,7 +27,7 @@ class TrainOnVectors(LoaderReplacement):
         make_loader: Makes the loader of vectors out of the data module's loader of images, once a run.
     """
 
-    def __init__(self, make_loader: Callable[[DataLoader], "VectorLoader"]) -> None:
+    def __init__(self, make_loader: Callable[[DataLoader[Any]], "VectorLoader"]) -> None:
         super().__init__()
         self._make_loader = make_loader
         self._loader: VectorLoader | None = None
@@ -40,7 +40,7 @@ class TrainOnVectors(LoaderReplacement):
         """
         if stage != "fit":
             return
-        data = getattr(trainer, "datamodule", None)
+        data = data_module_of(trainer)
         if data is None:
             msg = (
                 f"{type(pl_module).__name__} trains on a data module's images, and no other loader: pass "
@@ -50,7 +50,7 @@ class TrainOnVectors(LoaderReplacement):
         self._loader = None
         self.replace(data, "train_dataloader", self._once)
 
-    def _once(self, images: DataLoader) -> "VectorLoader":
+    def _once(self, images: DataLoader[Any]) -> "VectorLoader":
         if self._loader is None:
             self._loader = self._make_loader(images)
         return self._loader
@@ -76,7 +76,7 @@ class VectorLoader:
 
     def __init__(
         self,
-        images: DataLoader,
+        images: DataLoader[Any],
         extract: Callable[[torch.Tensor], Sequence[torch.Tensor]],
         prepare: Callable[[FeatureBank], None],
         epoch: Callable[[], int],
@@ -105,7 +105,7 @@ class VectorLoader:
         if self._steps is None:
             first = next(iter(loader_of(self.images.dataset, like=self.images, sampler=[0], batch_size=1)))
             cells = self._extract(first.image)[0].shape[-2:].numel()
-            self._steps = max(1, len(cast(Sized, self.images.dataset)) * cells // self._vectors_per_step)
+            self._steps = max(1, images_in(self.images) * cells // self._vectors_per_step)
         return self._steps
 
     def __iter__(self) -> Iterator[VectorBatch]:
@@ -123,7 +123,7 @@ class VectorLoader:
 
 @torch.no_grad()
 def fill_bank(
-    images: DataLoader, extract: Callable[[torch.Tensor], Sequence[torch.Tensor]], generator: torch.Generator
+    images: DataLoader[Any], extract: Callable[[torch.Tensor], Sequence[torch.Tensor]], generator: torch.Generator
 ) -> FeatureBank:
     """Compute the features of all images.
 
@@ -135,7 +135,7 @@ def fill_bank(
     Raises:
         CflowError: If there is no image, or a feature is not finite.
     """
-    count = len(cast(Sized, images.dataset))
+    count = images_in(images)
     logger.info("Extracting the features of %d training images.", count)
     bank = None
     # The loader anew, unshuffled: the bank's order, and with it a resumed run, must not depend on earlier draws.

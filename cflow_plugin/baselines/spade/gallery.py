@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cflow_plugin.buffers import take_shapes_from_checkpoints
 from cflow_plugin.errors import CflowError
+from cflow_plugin.modules import take_shapes_from_checkpoints
 
 # Distances computed at once: few enough for a processor's cache, enough to keep a GPU busy.
 _CHUNK_VALUES = 2 * 1024**2

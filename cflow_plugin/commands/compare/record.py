@@ -104,7 +104,7 @@ class Recorder(Callback):
         if self._samples:
             record["sample_names"] = np.array(list(self._samples))
             images, masks, maps = zip(*self._samples.values(), strict=True)
-            record |= {"sample_images": np.stack(images), "sample_masks": np.stack(masks) > 0.5}  # noqa: PLR2004
+            record |= {"sample_images": np.stack(images), "sample_masks": np.stack(masks) > 0.5}
             record["sample_maps"] = np.stack(maps)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as partial, partial.open("wb") as stream:

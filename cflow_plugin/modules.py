@@ -1,12 +1,25 @@
-"""Buffers whose shape is known only when they are filled, or loaded."""
+"""What torch's modules lack: lists that know what is in them, and buffers of a shape that is known only when loaded."""
 
-__all__ = ["take_shapes_from_checkpoints"]
+__all__ = ["ModuleListOf", "take_shapes_from_checkpoints"]
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+class ModuleListOf(nn.ModuleList, Generic[AnyModule]):
+    """A list of modules of one class, which type checkers know."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[AnyModule]: ...
 
 
 def take_shapes_from_checkpoints(module: nn.Module, with_dtypes: bool = False) -> None:
