@@ -89,7 +89,7 @@ def test_folding_is_never_stale(model, how):
         model.load_state_dict(CflowModel("gabor", coupling_blocks=2).state_dict())
         model.decoders[0].load_state_dict(perturb(model.decoders[0]).state_dict())
     elif how == "whitened":
-        model.decoders[0].whitening.fit(torch.randn(200, model.encoder.channels[0]) * 3)
+        model.fit_whitening([torch.randn(200, channels) * 3 for channels in model.encoder.channels])
     else:
         model.double()
         images = images.double()
