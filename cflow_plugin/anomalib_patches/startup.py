@@ -16,6 +16,7 @@ __all__ = ["install"]
 
 import os
 import sys
+import warnings
 
 # After this module of anomalib has been imported: what to import of ours, and the function to call in each, if any.
 _AFTER = {
@@ -25,6 +26,7 @@ _AFTER = {
     "anomalib.cli.cli": (
         ("cflow_plugin.anomalib_patches.error_hook", "install_excepthook"),
         ("cflow_plugin.anomalib_patches.seed", "honour_seed"),
+        ("cflow_plugin.anomalib_patches.screen", "log_each_line_once"),
     ),
 }
 
@@ -44,7 +46,10 @@ class _Loader:
 
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
+        with warnings.catch_warnings():
+            # anomalib and timm announce to each other what will change; a user can do nothing about it.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._loader.exec_module(module)
         for name, function in self._ours:
             try:
                 __import__(name)

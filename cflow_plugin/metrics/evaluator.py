@@ -94,5 +94,3 @@ def write_metrics(trainer: Trainer) -> None:
             partial.write_text(json.dumps(metrics, indent=2) + "\n")
     except OSError as error:
         logger.warning("The metrics could not be written to %s (%s).", file, error)
-        return
-    logger.info("Metrics, pictures and weights are in %s.", folder.resolve())

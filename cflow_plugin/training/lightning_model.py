@@ -2,7 +2,7 @@
 
 __all__ = ["CflowPlugin"]
 
-import warnings
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cflow_plugin.anomalib_patches.registration import publish
+from cflow_plugin.anomalib_patches.screen import keep_quiet
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.deploy.export import FoldedExport
 from cflow_plugin.images.checking import ImageFileCheck
+from cflow_plugin.images.loading import images_in
 from cflow_plugin.model import weights as encoder_weights
 from cflow_plugin.model.encoder import Padding
 from cflow_plugin.model.flow import Permutation
@@ -31,7 +33,10 @@ from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.training.loss import loss_of
 from cflow_plugin.training.one_class import OneClassMixin
 from cflow_plugin.training.settings import check_not_negative, check_positive, false_alarm_rate, plan_run
+from cflow_plugin.training.summary import describe_run
 from cflow_plugin.training.vector_loader import TrainOnVectors, VectorLoader
+
+logger = logging.getLogger(__name__)
 
 
 class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
@@ -170,9 +175,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """No sanity check: before training there is nothing to validate."""
-        # The recipe has a length of its own, and the encoder is in eval mode by intention.
-        warnings.filterwarnings("ignore", message=".*max_epochs. was not set")
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+        keep_quiet()
         return {"num_sanity_val_steps": 0}
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -219,6 +222,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             rank=self.global_rank,
             processes=self.trainer.world_size,
         )
+        logger.info(describe_run(self, self.model, images_in(loader.images)))
         self.calibration.begin(loader, self.reference.loader, lambda images: self.model(self.prepared(images)))
         return loader
 
@@ -246,7 +250,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         for name, likelihood in zip(self.model.encoder.layers, likelihoods, strict=True):
             self.log(f"train_nll_{name}", -likelihood, **logged)
         self.log("train_loss", loss.detach(), prog_bar=True, **logged)
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=1)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
 
     # When an epoch ends, and when the run does

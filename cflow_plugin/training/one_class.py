@@ -2,6 +2,7 @@
 
 __all__ = ["OneClassMixin"]
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
 from cflow_plugin.training.checkpoints import translate_errors
+
+logger = logging.getLogger(__name__)
 
 # anomalib lists every direct subclass of its module as a model, which this is not.
 _Module = AnomalibModule if TYPE_CHECKING else object
@@ -62,3 +65,9 @@ class OneClassMixin(_Module):
     def on_test_end(self) -> None:
         """Write the metrics next to the pictures."""
         write_metrics(self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        """Say, after Lightning has shown the metrics, where they are."""
+        if stage == "test" and self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir).resolve()
+            logger.info("Metrics, pictures and weights are in %s.", folder)

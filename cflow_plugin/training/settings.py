@@ -5,6 +5,7 @@ __all__ = ["check_not_negative", "check_positive", "false_alarm_rate", "plan_run
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
 
+from cflow_plugin.anomalib_patches.screen import leave_out_summary
 from cflow_plugin.errors import CflowError
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
@@ -68,6 +69,7 @@ def plan_run(trainer: Trainer, epochs: int) -> None:
         trainer: The trainer, being set up.
         epochs: The recipe's length.
     """
+    leave_out_summary(trainer)
     loops = trainer.fit_loop
     if loops.max_epochs == _LIGHTNING_DEFAULT_EPOCHS:
         loops.max_epochs = epochs

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from cflow_plugin.anomalib_patches.registration import publish
+from cflow_plugin.anomalib_patches.screen import keep_quiet
 from cflow_plugin.baselines.spade.torch_model import SpadeModel
 from cflow_plugin.errors import CflowError
 from cflow_plugin.images.checking import ImageFileCheck
@@ -99,7 +100,7 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """One pass over the training images, on one device."""
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+        keep_quiet()
         warnings.filterwarnings("ignore", message=".*returned `None`, this fit will run with no optimizer")
         return {"max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
