@@ -42,7 +42,7 @@ def score(
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
-        source: A folder, with all folders below it; a pattern such as 'line 3/**/*.png', in quotes; or a Parquet file
+        source: A folder, with all folders below it; a pattern such as ``'line 3/**/*.png'``, in quotes; or a Parquet file
             (or a folder of them) with a column path, whose relative paths are relative to the working directory.
         output: Folder for the scores.
         maps: Add a column anomaly_map: the map as an 8-bit PNG, 255 for 1.
