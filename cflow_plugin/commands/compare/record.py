@@ -70,7 +70,7 @@ class Recorder(Callback):
             kind = Path(outputs.image_path[index]).parent.name
             if kind not in self._samples and len(self._samples) < _SAMPLES:
                 # From its file: the batch's has been normalised for the model.
-                image = read_image(outputs.image_path[index])
+                image = np.asarray(read_image(outputs.image_path[index]))
                 self._samples[kind] = (_shrink(image), _shrink(mask.astype(np.float32)), _shrink(anomaly_map))
 
     def _count(self, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
@@ -104,7 +104,7 @@ class Recorder(Callback):
         if self._samples:
             record["sample_names"] = np.array(list(self._samples))
             images, masks, maps = zip(*self._samples.values(), strict=True)
-            record |= {"sample_images": np.stack(images), "sample_masks": np.stack(masks) > 0.5}  # noqa: PLR2004
+            record |= {"sample_images": np.stack(images), "sample_masks": np.stack(masks) > 0.5}
             record["sample_maps"] = np.stack(maps)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as partial, partial.open("wb") as stream:
