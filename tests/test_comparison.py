@@ -55,7 +55,7 @@ def test_the_command(tmp_path):
     assert [(row.model, row.seed) for row in results.itertuples()] == [
         ("small", 0), ("UFLOW", 0), ("small", 1), ("UFLOW", 1)
     ]  # fmt: skip
-    assert not (results["settings"][0] == results["settings"][1])
+    assert results["settings"][0] != results["settings"][1]
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
         assert results[metric].between(0, 1).all()
     assert (results[["train_seconds", "test_seconds", "peak_memory_mb", "size_mb"]] > 0).all(axis=None)

@@ -212,7 +212,8 @@ def terrazzo(rng: np.random.Generator, size: int) -> Surface:
     half = 1.2 * WIDTH / 2  # beyond the edge, so that chips are cut by it
     y, x = coordinates(size)
     where = np.stack([y + 1.1 * noise(rng, size, 2.5), x + 1.1 * noise(rng, size, 2.5)], axis=-1)
-    distance, index = KDTree(rng.uniform(-half, half, (count, 2))).query(where, k=2)
+    found = KDTree(rng.uniform(-half, half, (count, 2))).query(where, k=2)
+    distance, index = (np.asarray(part) for part in found)
     joint, chip = distance[..., 1] - distance[..., 0] - 2.4, index[..., 0]
     radius = np.where(rng.random(count) < 0.65, rng.uniform(7.0, 14.0, count), -1.0)[chip]
     inside = smoothstep(np.minimum(joint, radius - distance[..., 0]), 0.0, 0.9)

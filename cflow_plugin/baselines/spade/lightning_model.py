@@ -94,8 +94,8 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         )
         self.pre_trained = pre_trained
         self.weights = weights
-        self.model: SpadeModel  # pyright: ignore[reportIncompatibleVariableOverride]  anomalib declares any module
-        self.model = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision)
+        network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision)
+        self.model: SpadeModel = network  # pyright: ignore[reportIncompatibleVariableOverride]  is any module there
 
     # What anomalib asks a model
 
