@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy import ndimage
 from training import in_own_process, publish
 
-from cflow_plugin.commands.benchmark.speed import peak_resident_bytes
+from cflow_plugin.commands.machine import peak_resident_bytes
 
 FIELDS = ["anomaly_map", "gt_mask"]
 LOWEST = np.float32(2**-12)

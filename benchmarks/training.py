@@ -27,8 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cflow_plugin import CflowPlugin
-from cflow_plugin.commands.benchmark.report import describe_machine
-from cflow_plugin.commands.benchmark.speed import peak_resident_bytes
+from cflow_plugin.commands.machine import describe_machine, peak_resident_bytes
 
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 

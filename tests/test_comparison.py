@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 from cflow_plugin.commands.compare.cell import Cell, EncoderChoice, Variant, build_model
 from cflow_plugin.commands.compare.record import Recorder, _bin, _value
-from cflow_plugin.commands.compare.tables import published_tables, summary_table
+from cflow_plugin.commands.compare.tables import accuracy_tables, published_tables, summary_table
 
 from .conftest import QUICK, run_command
 
@@ -55,7 +55,7 @@ def test_the_command(tmp_path):
     assert [(row.model, row.seed) for row in results.itertuples()] == [
         ("small", 0), ("UFLOW", 0), ("small", 1), ("UFLOW", 1)
     ]  # fmt: skip
-    assert not (results["settings"][0] == results["settings"][1])
+    assert results["settings"][0] != results["settings"][1]
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
         assert results[metric].between(0, 1).all()
     assert (results[["train_seconds", "test_seconds", "peak_memory_mb", "size_mb"]] > 0).all(axis=None)
@@ -237,13 +237,12 @@ def row(**values: object) -> dict:
 def test_published_figures_stand_beside_measured_ones():
     rows = [row(), row(model="flat", settings=json.dumps({"condition_dims": 0}), pixel_AUROC=0.5), row(category="tile")]
     tables = published_tables(pd.DataFrame(rows))
-    [screw] = [texts for texts in tables[0].rows if texts[0] == "screw"]
-    columns = dict(zip(tables[0].columns, screw, strict=True))
+    columns = tables[0].texts.set_index("class").loc["screw"]
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 512"] == "98.86 ± 0.02 (99.00, +0.14)"
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 512, UFLOW"] == "98.78 ± 0.01 (50.00, -48.78)"
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 256"] == "98.1 ± 0.05 (—)"
     # A mean over some of the classes is not the mean over all of them.
-    assert ["CFLOW-AD", "98.26 (—)", "98.62 (—)", "94.6 (—)"] in tables[2].rows
+    assert ["CFLOW-AD", "98.26 (—)", "98.62 (—)", "94.6 (—)"] in tables[2].texts.to_numpy().tolist()
 
 
 def test_means_and_standard_deviations():
@@ -254,14 +253,29 @@ def test_means_and_standard_deviations():
         )
     )
     means = [np.mean([0.5, 0.7]), np.mean([0.6, 0.9])]
-    assert table.rows[0][3] == f"{np.mean(means):.4f} ± {np.std(means, ddof=1):.4f}"
+    assert table.texts["image AUROC"][0] == f"{np.mean(means):.4f} ± {np.std(means, ddof=1):.4f}"
 
 
 def test_a_mean_over_some_categories_is_named_as_such():
     rows = [row(category="a"), row(category="b"), row(model="half", category="a", image_AUROC=1.0)]
     table = summary_table(pd.DataFrame(rows))
-    assert [texts[0] for texts in table.rows] == ["CflowPlugin", "half (1 of 2 categories)"]
-    assert not any(number == 1 for number, _ in table.best)
+    assert table.texts["model"].tolist() == ["CflowPlugin", "half (1 of 2 categories)"]
+    assert not table.best.any(axis=None)
+
+
+def test_the_best_stand_in_bold():
+    rows = [row(model=model, category="a|b", pixel_AUROC=value) for model, value in (("<low>", 0.9), ("high", 0.95))]
+    [_, table, _] = accuracy_tables(pd.DataFrame(rows))
+    assert table.title == "pixel AUROC, wide_resnet50_2, 512×512"
+    assert "one seed" in table.to_markdown()
+    assert "| **0.9500** |" in table.to_markdown()
+    assert "0.9000" in table.to_markdown()
+    assert "**0.9000**" not in table.to_markdown()
+    html = table.to_html()
+    assert ">&lt;low&gt;</th>" in html
+    assert "<b>0.9500</b>" in html
+    assert "<b>0.9000</b>" not in html
+    assert html.count("<b>") == 1
 
 
 def test_another_setting_is_another_cell():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.metrics import AUPRO, AUROC, ranked
-from cflow_plugin.metrics.bins import coarsen, sum_by_key, to_keys
+from cflow_plugin.metrics.bins import join_bins, sum_by_key, to_keys
 from cflow_plugin.metrics.evaluator import CflowEvaluator
 
 FIELDS = ["anomaly_map", "gt_mask"]
@@ -276,7 +276,7 @@ def test_keys_keep_the_order(values):
     scores = np.array(values, np.float32)
     keys = to_keys(scores).astype(np.int64)
     assert ((keys[:, None] > keys) == (scores[:, None] > scores)).all()
-    coarse = coarsen(to_keys(scores), 9).astype(np.int64)
+    coarse = join_bins(to_keys(scores), 9).astype(np.int64)
     assert ((keys - coarse >= 0) & (keys - coarse < 512)).all()
 
 

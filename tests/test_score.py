@@ -16,7 +16,7 @@ from cflow_plugin import CflowError
 from cflow_plugin.commands.cli import main
 from cflow_plugin.commands.score import score
 from cflow_plugin.commands.score.listing import list_images
-from cflow_plugin.commands.score.parts import Parts, Row
+from cflow_plugin.commands.score.parts import Row, ScoreTable
 from cflow_plugin.data.textures import draw
 
 from .conftest import run_command
@@ -173,7 +173,7 @@ def test_going_on(exported, pictures, tmp_path):
 
 
 def test_a_batch_that_comes_twice_is_one_part(tmp_path):
-    parts = Parts(tmp_path, maps=False)
+    parts = ScoreTable(tmp_path, maps=False)
     rows = [Row("a", 0.25, True), Row("b", error="could not be read")]
     for _ in range(2):
         parts.write(["a", "b"], rows)
@@ -194,7 +194,7 @@ def test_folders_of_other_scores_are_refused(exported, trained, pictures, tmp_pa
     pd.DataFrame({"path": ["a.png"]}).to_parquet(tmp_path / "tables" / "list.parquet")
     with pytest.raises(CflowError, match="something else"):
         score(exported, str(pictures), tmp_path / "tables")
-    with Parts(tmp_path / "busy", maps=False).opened({}), pytest.raises(CflowError, match="Another run"):
+    with ScoreTable(tmp_path / "busy", maps=False).opened({}), pytest.raises(CflowError, match="Another run"):
         score(exported, str(pictures), tmp_path / "busy")
     with pytest.raises(CflowError, match="cannot be written"):
         score(exported, str(pictures), pictures / "0.BMP" / "out")

@@ -84,7 +84,7 @@ def test_a_video(exported, tmp_path):
 
 def test_an_image_whose_score_is_not_a_number(export_blind_to_black, pictures, tmp_path, caplog):
     cv2.imwrite(str(pictures / "black.png"), np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(CflowError, match=r"1 images could not be scored \(black.png"):
+    with pytest.raises(CflowError, match=r"1 image could not be scored \(black.png"):
         watch(export_blind_to_black, str(pictures), tmp_path / "out", overlays=False)
     assert set(read_scores(tmp_path / "out")) == {"a.png", "deeper/ü.png"}
     assert "black.png has a score that is not a finite number" in caplog.text
@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
 
 def test_a_damaged_image_costs_only_itself(exported, pictures, tmp_path):
     (pictures / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(CflowError, match=r"1 images could not be scored \(broken.png"):
+    with pytest.raises(CflowError, match=r"1 image could not be scored \(broken.png"):
         watch(exported, str(pictures), tmp_path / "out", overlays=False)
     assert set(read_scores(tmp_path / "out")) == {"a.png", "deeper/ü.png"}
     assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["score_over_time.png"]
@@ -238,7 +238,7 @@ def test_smoothing_does_not_look_ahead(exported, clip, tmp_path):
 
 def test_an_unreadable_frame_keeps_its_number(exported, clip, tmp_path):
     (clip[0] / "3.png").write_bytes(b"")
-    with pytest.raises(CflowError, match=r"1 images could not be scored \(3.png"):
+    with pytest.raises(CflowError, match=r"1 image could not be scored \(3.png"):
         watch(exported, str(clip[0]), tmp_path / "out", overlays=False, truth=tmp_path / "truth.npy")
     rows = read_scores(tmp_path / "out")
     assert [int(row["frame"]) for row in rows.values()] == [0, 1, 2, *range(4, 12)]

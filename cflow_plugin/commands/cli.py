@@ -7,14 +7,18 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 from jsonargparse import auto_cli
 
 from cflow_plugin.anomalib_patches.error_hook import install_excepthook
+from cflow_plugin.commands.configs import find_config
+from cflow_plugin.errors import CflowError
 
 _COMMANDS = {
     "benchmark": "cflow_plugin.commands.benchmark",
     "compare": "cflow_plugin.commands.compare",
+    "configs": "cflow_plugin.commands.configs",
     "import-checkpoint": "cflow_plugin.commands.import_checkpoint",
     "make-scenes": "cflow_plugin.commands.make_scenes",
     "monitor": "cflow_plugin.commands.monitor",
@@ -35,5 +39,27 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = [arguments[0], "--checkpoint", *arguments[1:]]
     # Some import all of anomalib, which those that run exported models have no need of.
     wanted = [name for name in _COMMANDS if name in arguments[:1]] or list(_COMMANDS)
+    arguments = _with_shipped_configs(arguments)
     functions = {name: getattr(import_module(_COMMANDS[name]), name.replace("-", "_")) for name in wanted}
     auto_cli(functions, args=arguments, as_positional=False, prog="cflow-plugin")
+
+
+def _with_shipped_configs(arguments: list[str]) -> list[str]:
+    """Let ``--config`` name a config that comes with the package, where the working directory has no such file."""
+    found = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, name = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if option == "--config" and equals:
+            found[place] = f"--config={_file_or_shipped(name)}"
+        elif place and arguments[place - 1] == "--config":
+            found[place] = _file_or_shipped(argument)
+    return found
+
+
+def _file_or_shipped(name: str) -> str:
+    if Path(name).exists():
+        return name
+    try:
+        return str(find_config(name))
+    except CflowError:
+        return name  # the command line has a message of its own for what is not there

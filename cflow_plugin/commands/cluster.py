@@ -1,6 +1,6 @@
 """Ray, where it is installed: joining a cluster or starting one on this machine."""
 
-__all__ = ["connected", "reason", "room"]
+__all__ = ["cluster_slots", "connected", "why_failed"]
 
 import logging
 import os
@@ -41,10 +41,12 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[ModuleTy
         yield ray
         return
     if address not in (None, "auto", "local"):
-        _knock(address)
-    settings = {"address": address} if address else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        check_reachable(address)
     try:
-        ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
+        if address:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         what = f"There is no Ray cluster at {address}" if address else "Ray could not be started on this machine"
         message = f"{what} ({str(error).strip().splitlines()[0]})"
@@ -55,8 +57,8 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[ModuleTy
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Complain at once of an address where nobody answers; Ray itself would try for minutes."""
+def check_reachable(address: str) -> None:
+    """Raise at once if nobody answers at an address; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -65,7 +67,7 @@ def _knock(address: str) -> None:
         raise CflowError(message) from error
 
 
-def room(ray: ModuleType, threads: int) -> int:
+def cluster_slots(ray: ModuleType, threads: int) -> int:
     """How many workers fit into the cluster at once.
 
     Args:
@@ -84,7 +86,7 @@ def room(ray: ModuleType, threads: int) -> int:
     return sum(count // threads for count in cpus)
 
 
-def reason(error: BaseException) -> str:
+def why_failed(error: BaseException) -> str:
     """Say in a sentence why a task of Ray failed.
 
     Args:

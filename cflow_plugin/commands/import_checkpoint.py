@@ -9,20 +9,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
+import lightning
 import numpy as np
 import torch
 from anomalib.data import ImageBatch, PredictDataset
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from rich.progress import track
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.tv_tensors import Image
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
+from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.images.reading import check_images, unreadable
 from cflow_plugin.model.encoder import BACKBONES, Padding
+from cflow_plugin.model.flow import CouplingBlock
 from cflow_plugin.training.lightning_model import CflowPlugin
 
 logger = logging.getLogger(__name__)
@@ -103,7 +108,7 @@ def import_checkpoint(
         raise CflowError(msg)
     files = _find_images(images) if images is not None else None
     encoder_weights, decoders = _read(checkpoint)
-    size = tuple(image_size) if image_size is not None else _size_from_name(checkpoint)
+    size = _size_from_name(checkpoint) if image_size is None else (image_size[0], image_size[1])
     if dataset is None:
         dataset = "stc" if checkpoint.name.startswith("stc_") else "mvtec"
     model = _build(checkpoint, encoder, encoder_weights, decoders, size, dataset)
@@ -158,7 +163,7 @@ def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], list[_Decoder]]:
         raise CflowError(msg) from error
     parts = content if isinstance(content, dict) else {}
     encoder, decoders = parts.get("encoder_state_dict"), parts.get("decoder_state_dict")
-    if not _is_state_dict(encoder) or not isinstance(decoders, list) or not all(map(_is_state_dict, decoders)):
+    if not _is_state_dict(encoder) or not _are_state_dicts(decoders):
         found = f"holds {', '.join(map(str, list(parts)[:4]))}" if parts else f"is a {type(content).__name__}"
         msg = (
             f"{path} is not a checkpoint of the original CFLOW-AD code: it {found} in place of the weights in "
@@ -175,8 +180,12 @@ def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], list[_Decoder]]:
     return encoder, parsed
 
 
-def _is_state_dict(value: object) -> bool:
+def _is_state_dict(value: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(part, torch.Tensor) for part in value.values())
+
+
+def _are_state_dicts(value: object) -> TypeGuard[list[Mapping[str, torch.Tensor]]]:
+    return isinstance(value, list) and all(map(_is_state_dict, value))
 
 
 def _parse(weights: Mapping[str, torch.Tensor], what: str) -> _Decoder:
@@ -256,13 +265,14 @@ def _build(
         top_fraction=0.0,
         position_correction=0.0,
     ).eval()
-    model.pre_processor = type(model.pre_processor)(Compose([Resize(size, antialias=True), Normalize(mean, std)]))
+    model.pre_processor = CflowPreProcessor(Compose([Resize(size, antialias=True), Normalize(mean, std)]))
     ours = model.model.encoder
     if encoder.startswith("mobilenet"):
         encoder_weights = _in_timm_names(encoder_weights, ours.network)
     ours.load_weights(encoder_weights, source=f"The encoder of {path}")
     for number, (decoder, flow) in enumerate(zip(decoders, model.model.decoders, strict=True), 1):
-        for index, (block, target) in enumerate(zip(decoder.blocks, list(flow)[1:], strict=True)):
+        couplings = [part for part in flow.modules() if isinstance(part, CouplingBlock)]
+        for index, (block, target) in enumerate(zip(decoder.blocks, couplings, strict=True)):
             weights = {name: tensor for name, tensor in block.items() if not name.startswith("w_perm")}
             if target.rotation is None:
                 weights["permutation"] = block["w_perm"].argmax(1)
@@ -336,36 +346,45 @@ def _calibrate(model: CflowPlugin, images: PredictDataset) -> None:
     chosen = np.unique(np.linspace(0, len(images) - 1, _CALIBRATION_IMAGES).round().astype(int)).tolist()
     likelihoods: list[list[torch.Tensor]] = []
     size = (0, 0)
+    pre_processor, post_processor = model.pre_processor, model.post_processor
+    assert pre_processor is not None
+    assert isinstance(post_processor, PostProcessor)
     for index in track(chosen, description="Calibrating", transient=True):
         try:
-            image = images[index].image
+            image = torch.as_tensor(images[index].image)
         except Exception as error:  # a damaged file fails in many ways
             raise CflowError(unreadable([images.image_filenames[index]]) or str(error)) from error
-        pixels = model.pre_processor(image[None])
+        pixels = pre_processor(image[None])
         size = (pixels.shape[-2], pixels.shape[-1])
         likelihoods.append(model.model.log_likelihoods(pixels))
     model.model.calibrate([torch.cat(scale) for scale in zip(*likelihoods, strict=True)])
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     for values in likelihoods:
         anomaly_map, score = model.model.scoring(values, size)
         good = ImageBatch(
-            image=torch.zeros(1, 3, *size),
+            image=Image(torch.zeros(1, 3, *size)),
             gt_label=torch.tensor([False]),
             pred_score=score,
             anomaly_map=anomaly_map,
         )
-        model.post_processor.on_validation_batch_end(None, model, good)
-    model.post_processor.on_validation_epoch_end(None, model)
+        post_processor.on_validation_batch_end(trainer, model, good)
+    post_processor.on_validation_epoch_end(trainer, model)
     logger.info("Calibrated on %d good images; the highest score among them is the threshold.", len(chosen))
 
 
 def _save(model: CflowPlugin, output: Path) -> None:
     """Write a checkpoint, whole or not at all."""
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, barebones=False, **quiet)
-    trainer.strategy.connect(model)
+    checkpoint: dict[str, Any] = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+    }
+    model.on_save_checkpoint(checkpoint)
     try:
         with atomic_file(output) as partial:
-            trainer.save_checkpoint(partial, weights_only=True)
+            torch.save(checkpoint, partial)
     except OSError as error:
         msg = f"{output} could not be written ({error.strerror or error}); choose another --output."
         raise CflowError(msg) from error

@@ -6,7 +6,7 @@ __all__ = ["make_scenes"]
 
 import secrets
 import shutil
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  jsonargparse reads the annotation
 from typing import TYPE_CHECKING
 
 import cv2
@@ -16,7 +16,7 @@ from rich.progress import track
 from cflow_plugin.errors import CflowError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -113,10 +113,10 @@ class _Place:
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
         """Frames ``(H, W, 3)``, blue first, and where the vehicle is in them ``(H, W)``."""
         rng = np.random.default_rng([self.seed, self.scene, 1 + with_vehicle, number])
-        height, width = self.size
+        width = self.size[1]
         walkers = [
             (rng.uniform(0, width), rng.uniform(*self.path), rng.choice([-1, 1]) * rng.uniform(0.4, 0.9) * self.scale,
-             rng.uniform(20, 110, 3))
+             rng.uniform(20, 110, 3).tolist())
             for _ in range(rng.integers(3, 6))
         ]  # fmt: skip
         duration = max(1, frames // 2)
@@ -132,17 +132,19 @@ class _Place:
                 self._ellipse(image, (at, y - 18 * self.scale), (2.5, 3), (120.0, 150.0, 190.0))
             if with_vehicle and start <= index < start + duration:
                 at = width * (index - start + 0.5) / duration
-                for where in (image, mask):
-                    self._ellipse(where, (at, row - 8 * self.scale), (16, 8), colour if where is image else 1)
+                for where, body, tyre in ((image, colour, (20.0, 20.0, 20.0)), (mask, (1.0,), (1.0,))):
+                    self._ellipse(where, (at, row - 8 * self.scale), (16, 8), body)
                     for wheel in (-9, 9):
-                        centre = (at + wheel * self.scale, row)
-                        self._ellipse(where, centre, (4, 4), (20.0, 20.0, 20.0) if where is image else 1)
+                        self._ellipse(where, (at + wheel * self.scale, row), (4, 4), tyre)
             grain = rng.normal(0, _GRAIN, image.shape)
             yield np.clip(np.rint(image + grain), 0, 255).astype(np.uint8), mask > 0
 
-    def _ellipse(self, image: NDArray, centre: tuple[float, float], axes: tuple[float, float], colour: object) -> None:
-        whole = tuple(round(value) for value in centre), tuple(max(1, round(value * self.scale)) for value in axes)
-        cv2.ellipse(image, *whole, 0, 0, 360, colour, cv2.FILLED)
+    def _ellipse(
+        self, image: NDArray, centre: tuple[float, float], axes: tuple[float, float], colour: Sequence[float]
+    ) -> None:
+        half_width, half_height = (max(1, round(value * self.scale)) for value in axes)
+        middle = (round(centre[0]), round(centre[1]))
+        cv2.ellipse(image, middle, (half_width, half_height), 0, 0, 360, colour, cv2.FILLED)
 
 
 def _write_video(path: Path, place: _Place, number: int, frames: int, with_vehicle: bool = False) -> list[NDArray]:

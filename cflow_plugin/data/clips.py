@@ -104,8 +104,9 @@ def compare_labels_with_masks(clips: Sequence[Clip], folder: Path) -> dict[str, 
         The positions of such frames in each clip that has any.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = {clip.name: _recall(folder / f"{clip.name}.json", clip.mask_file) for clip in clips}
-    pending = [clip for clip in clips if found[clip.name] is None]
+    recalled = {clip.name: _recall(folder / f"{clip.name}.json", clip.mask_file) for clip in clips}
+    found = {name: frames for name, frames in recalled.items() if frames is not None}
+    pending = [clip for clip in clips if clip.name not in found]
     for clip in track(pending, "Comparing labels with masks", transient=True, disable=not pending):
         frames = [frame for frame in range(len(clip.frames)) if read_mask(clip.mask_file, frame).any()]
         found[clip.name] = frames

@@ -5,8 +5,8 @@ __all__ = ["Textures"]
 from dataclasses import asdict
 from pathlib import Path
 
-from anomalib.data.datamodules.base.image import AnomalibDataModule
-from anomalib.data.datasets.image.mvtecad import MVTecADDataset
+from anomalib.data import AnomalibDataModule
+from anomalib.data.datasets import MVTecADDataset
 from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from torchvision.transforms.v2 import Transform
 

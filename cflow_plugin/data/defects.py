@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
-from cflow_plugin.data.surfaces import FAMILIES, WIDTH, coordinates, noise, smoothstep
+from cflow_plugin.data.surfaces import FAMILIES, WIDTH, connected_regions, coordinates, noise, smoothstep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,8 +51,8 @@ def spoil(category: str, kind: str, surface: Surface, rng: np.random.Generator) 
         rng: Source of randomness.
 
     Returns:
-        The spoilt surface's colour, shape ``(H, W, 3)``, and the mask, shape ``(H, W)``; outside the mask the colour is
-        the given surface's.
+        The surface's colour with the defect, shape ``(H, W, 3)``, and the mask, shape ``(H, W)``; outside the mask the
+        colour is the given surface's.
     """
     pixel = (len(surface.region) / WIDTH) ** 2
     while True:
@@ -68,7 +68,7 @@ def spoil(category: str, kind: str, surface: Surface, rng: np.random.Generator) 
 
 def _without_specks(mask: NDArray[np.bool_], area: float) -> NDArray[np.bool_]:
     """The mask's connected regions of more than ``area`` pixels."""
-    labels, _ = ndimage.label(mask)
+    labels, _ = connected_regions(mask)
     return mask & (np.bincount(labels.ravel()) > area)[labels]
 
 
@@ -109,7 +109,7 @@ def _beside(size: int, path: Array, reach: float) -> tuple[Array, Array, Array]:
     """
     y, x = coordinates(size)
     points = np.stack([x, y], axis=-1)
-    distance, index = cKDTree(path).query(points, distance_upper_bound=reach)
+    distance, index = KDTree(path).query(points, distance_upper_bound=reach)
     index = np.minimum(index, len(path) - 1)
     direction = np.gradient(path, axis=0)[index]
     offset = points - path[index]

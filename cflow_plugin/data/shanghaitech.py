@@ -3,17 +3,17 @@
 __all__ = ["ShanghaiTechFrames", "ShanghaiTechFramesDataset"]
 
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
-from anomalib.data import AnomalibDataset, ImageItem
-from anomalib.data.datamodules.base.image import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
 from anomalib.data.utils import LabelName, ValSplitMode, read_image
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
-from torchvision.tv_tensors import Mask
+from torchvision.tv_tensors import Image, Mask
 
-from cflow_plugin.data.clips import compare_labels_with_masks, find_clips, read_mask
+from cflow_plugin.data.clips import Clip, compare_labels_with_masks, find_clips, read_mask
 from cflow_plugin.data.video_frames import extract_frames, extracted_frames
 from cflow_plugin.errors import CflowError
 
@@ -44,7 +44,7 @@ class ShanghaiTechFramesDataset(AnomalibDataset):
             CflowError: If frame and mask differ in size.
         """
         row = self.samples.iloc[index]
-        image = read_image(row.image_path, as_tensor=True)
+        image = Image(read_image(row.image_path, as_tensor=True))
         size = tuple(image.shape[-2:])
         values = read_mask(row.mask_path, row.frame) if row.mask_path else np.zeros(size, np.uint8)
         if values.shape != size:
@@ -184,10 +184,10 @@ class ShanghaiTechFrames(AnomalibDataModule):
         videos = sorted((self.root / "training/videos").glob(f"{self.scene:02d}_*.avi"))
         return videos or self._raise_no_scene("training video")
 
-    def _find_clips(self) -> list:
+    def _find_clips(self) -> list[Clip]:
         return find_clips(self.root, self.scene) or self._raise_no_scene("test clip")
 
-    def _raise_no_scene(self, what: str) -> None:
+    def _raise_no_scene(self, what: str) -> NoReturn:
         there = {file.name[:2] for file in (self.root / "training/videos").glob("*_*.avi")}
         message = (
             f"There is no {what} of scene {self.scene} in {self.root}; there are training videos of the scenes "

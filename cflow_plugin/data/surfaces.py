@@ -7,14 +7,14 @@ take a ``turn``, in radians, by which a piece lies off the usual one.
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "WIDTH", "Parts", "Surface", "coordinates", "noise", "smoothstep"]
+__all__ = ["FAMILIES", "WIDTH", "RemovableParts", "Surface", "connected_regions", "coordinates", "noise", "smoothstep"]
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import fft, ndimage
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ WIDTH = 256.0  # design pixels across a picture
 
 
 @dataclass(frozen=True)
-class Parts:
+class RemovableParts:
     """Parts of a surface that can be missing one by one.
 
     Attributes:
@@ -51,7 +51,7 @@ class Surface:
 
     colour: Array
     region: NDArray[np.bool_]
-    parts: Mapping[str, Parts] = field(default_factory=dict)
+    parts: Mapping[str, RemovableParts] = field(default_factory=dict)
 
 
 def coordinates(size: int) -> tuple[Array, Array]:
@@ -63,9 +63,23 @@ def coordinates(size: int) -> tuple[Array, Array]:
     Returns:
         ``y`` and ``x``, each of shape ``(size, size)``, with 0 in the middle of the picture.
     """
-    axis = (np.arange(size) + 0.5) * (WIDTH / size) - WIDTH / 2
+    axis = (np.arange(size, dtype=np.float64) + 0.5) * (WIDTH / size) - WIDTH / 2
     y, x = np.meshgrid(axis, axis, indexing="ij")
     return y, x
+
+
+def connected_regions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
+    """Number the connected regions of a mask; pixels that meet at a corner alone are not connected.
+
+    Args:
+        mask: Shape ``(H, W)``.
+
+    Returns:
+        The region each pixel belongs to, shape ``(H, W)``, counted from 1, with 0 outside; and how many there are.
+    """
+    labels = np.zeros(mask.shape, np.int32)
+    count = ndimage.label(mask, output=labels)
+    return labels, int(np.asarray(count))
 
 
 def smoothstep(value: Array, low: float, high: float) -> Array:
@@ -98,7 +112,7 @@ def noise(rng: np.random.Generator, size: int, along: float, across: float | Non
     exponent = (along * f_along) ** 2 + ((along if across is None else across) * f_across) ** 2
     spectrum = fft.rfft2(rng.standard_normal((size, size))) * np.exp(-2 * np.pi**2 * exponent)
     spectrum[0, 0] = 0.0
-    values = fft.irfft2(spectrum, s=(size, size))
+    values = np.asarray(fft.irfft2(spectrum, s=(size, size)))
     return values / values.std()
 
 
@@ -150,7 +164,7 @@ def weave(rng: np.random.Generator, size: int, turn: float = 0.0) -> Surface:
     piece = np.floor(v / length).astype(np.int64)
     labels = (warp_index % 512) * 512 + piece % 512 + 1
     bared = np.array([0.93, 0.86, 0.70]) * (0.45 + 0.55 * weft_bow * twist)[..., None]
-    return Surface(np.clip(colour, 0, 1), np.ones((size, size), bool), {"broken_thread": Parts(labels, bared)})
+    return Surface(np.clip(colour, 0, 1), np.ones((size, size), bool), {"broken_thread": RemovableParts(labels, bared)})
 
 
 def brushed_metal(rng: np.random.Generator, size: int, turn: float = 0.0) -> Surface:
@@ -189,7 +203,7 @@ def terrazzo(rng: np.random.Generator, size: int) -> Surface:
         np.array([0.80, 0.77, 0.72]) * (1.0 + 0.035 * noise(rng, size, 0.7) + 0.02 * noise(rng, size, 12))[..., None]
     )
     crumbs = noise(rng, size, 1.2)
-    crumb_index, crumb_count = ndimage.label(crumbs > 1.3)
+    crumb_index, crumb_count = connected_regions(crumbs > 1.3)
     kinds = rng.integers(0, len(stones), crumb_count + 1)
     colour = _mix(cement, stones[kinds][crumb_index], smoothstep(crumbs, 1.4, 1.8))
 
@@ -198,7 +212,8 @@ def terrazzo(rng: np.random.Generator, size: int) -> Surface:
     half = 1.2 * WIDTH / 2  # beyond the edge, so that chips are cut by it
     y, x = coordinates(size)
     where = np.stack([y + 1.1 * noise(rng, size, 2.5), x + 1.1 * noise(rng, size, 2.5)], axis=-1)
-    distance, index = cKDTree(rng.uniform(-half, half, (count, 2))).query(where, k=2)
+    found = KDTree(rng.uniform(-half, half, (count, 2))).query(where, k=2)
+    distance, index = (np.asarray(part) for part in found)
     joint, chip = distance[..., 1] - distance[..., 0] - 2.4, index[..., 0]
     radius = np.where(rng.random(count) < 0.65, rng.uniform(7.0, 14.0, count), -1.0)[chip]
     inside = smoothstep(np.minimum(joint, radius - distance[..., 0]), 0.0, 0.9)
@@ -210,7 +225,7 @@ def terrazzo(rng: np.random.Generator, size: int) -> Surface:
     shadow = 0.25 + 0.35 * smoothstep(joint, 1.0, 7.0)  # a chip leaves a bowl
     pit = np.array([0.62, 0.56, 0.48]) * (shadow * (1.0 + 0.12 * noise(rng, size, 0.8)))[..., None]
     return Surface(
-        np.clip(colour, 0, 1), np.ones((size, size), bool), {"missing_chip": Parts(labels, np.clip(pit, 0, 1))}
+        np.clip(colour, 0, 1), np.ones((size, size), bool), {"missing_chip": RemovableParts(labels, np.clip(pit, 0, 1))}
     )
 
 
@@ -246,7 +261,7 @@ def mosaic(rng: np.random.Generator, size: int) -> Surface:
     labels = np.where(broken & (edge > 0.0), tile + 1, 0)
     clay = np.array([0.72, 0.45, 0.32]) * (1.0 + 0.06 * noise(rng, size, 1.0))[..., None]
     return Surface(
-        np.clip(colour, 0, 1), np.ones((size, size), bool), {"broken_tile": Parts(labels, np.clip(clay, 0, 1))}
+        np.clip(colour, 0, 1), np.ones((size, size), bool), {"broken_tile": RemovableParts(labels, np.clip(clay, 0, 1))}
     )
 
 
@@ -300,8 +315,8 @@ def grille(rng: np.random.Generator, size: int) -> Surface:
     on = smoothstep(119.5 - radius, -0.6, 0.6)
     colour, bare = (_mix(mat * shadow[..., None], each, on) for each in (colour, bare))
     parts = {
-        "blocked_hole": Parts(holes, np.clip(blocked, 0, 1)),
-        "missing_screw": Parts(screws, np.clip(bare, 0, 1)),
+        "blocked_hole": RemovableParts(holes, np.clip(blocked, 0, 1)),
+        "missing_screw": RemovableParts(screws, np.clip(bare, 0, 1)),
     }
     return Surface(np.clip(colour, 0, 1), radius < 112.0, parts)
 

@@ -77,7 +77,7 @@ class Recipe:
             msg = f"There is no texture category {self.category!r}; choose one of {', '.join(CATEGORIES)}."
             raise CflowError(msg)
         if self.resolution < _SMALLEST:
-            msg = f"Textures need an resolution of at least {_SMALLEST} pixels; {self.resolution} were asked for."
+            msg = f"Textures need a resolution of at least {_SMALLEST} pixels; {self.resolution} were asked for."
             raise CflowError(msg)
         if self.seed < 0:
             msg = f"The textures' seed must be 0 or more; choose another than {self.seed}."

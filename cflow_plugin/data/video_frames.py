@@ -6,7 +6,6 @@ __all__ = ["extract_frames", "extracted_frames"]
 
 import json
 import logging
-import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from cflow_plugin.errors import CflowError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def extracted_frames(folder: Path, video: str) -> list[Path]:
     return sorted((folder / video).glob("*.jpg")) if _is_complete(folder / video) else []
 
 
-def _lock(folder: Path) -> FileLock:
+def _lock(folder: Path) -> AbstractContextManager[object]:
     lock = FileLock(folder / ".lock")
     try:
         return lock.acquire(timeout=0)
@@ -87,7 +87,7 @@ def _is_complete(folder: Path, video: Path | None = None) -> bool:
 def _extract(videos: Sequence[Path], folder: Path, step: int) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     captures = [(video, int(_open(video).get(cv2.CAP_PROP_FRAME_COUNT))) for video in videos]
-    logger.info("Extracting every %d. frame of %d videos to %s.", step, len(videos), folder)
+    logger.info("Extracting one frame in %d of %d videos to %s.", step, len(videos), folder)
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("Extracting frames", total=sum(count for _, count in captures))
         for video, count in captures:
@@ -115,7 +115,7 @@ def _extract(videos: Sequence[Path], folder: Path, step: int) -> None:
             marker = {"video": video.name, "bytes": video.stat().st_size, "step": step, "frames": written}
             (partial / _MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
             shutil.rmtree(folder / video.stem, ignore_errors=True)
-            os.replace(partial, folder / video.stem)
+            partial.replace(folder / video.stem)
 
 
 def _open(video: Path) -> cv2.VideoCapture:

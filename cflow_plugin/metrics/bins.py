@@ -1,6 +1,6 @@
 """Scores in bins of neighbouring floating-point numbers, as fine as their number allows."""
 
-__all__ = ["coarsen", "sum_by_key", "to_keys", "to_scores"]
+__all__ = ["join_bins", "sum_by_key", "to_keys", "to_scores"]
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def to_scores(keys: np.ndarray) -> np.ndarray:
     return np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).view(np.float32)
 
 
-def coarsen(keys: np.ndarray, dropped_bits: int) -> np.ndarray:
+def join_bins(keys: np.ndarray, dropped_bits: int) -> np.ndarray:
     """Join bins: clear the lowest bits of the keys, which keeps their order.
 
     Args:

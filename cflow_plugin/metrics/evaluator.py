@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from anomalib.data import Batch
-from anomalib.metrics import Evaluator, F1Score
+from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
 from lightning import LightningModule, Trainer
+from torchmetrics import Metric
 
 from cflow_plugin.files import atomic_file
 from cflow_plugin.metrics import AUPRO, AUROC
@@ -57,11 +58,12 @@ class CflowEvaluator(Evaluator):
         """Log the metrics that can be computed."""
         del args, kwargs
         facts = [[value in values for value in (False, True)] for values in self._seen.values()]
-        facts += [[metric.update_called] * 2 for metric in self.test_metrics]
+        metrics = [m for m in self.test_metrics if isinstance(m, AnomalibMetric) and isinstance(m, Metric)]
+        facts += [[metric.update_called] * 2 for metric in metrics]
         # What one process has met another may not have, but all have to log the same.
         known = trainer.strategy.reduce(torch.tensor(facts, device=pl_module.device).int(), reduce_op="max").tolist()
         classes = dict(zip(self._seen, known, strict=False))
-        for metric, (updated, _) in zip(self.test_metrics, known[len(classes) :], strict=True):
+        for metric, (updated, _) in zip(metrics, known[len(classes) :], strict=True):
             truth = metric.fields[1]
             has_normal, has_anomaly = classes[truth]
             what = "mask" if truth == "gt_mask" else "label"

@@ -15,7 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.metrics.area import area_below_curve
-from cflow_plugin.metrics.bins import coarsen, sum_by_key, to_keys
+from cflow_plugin.metrics.bins import join_bins, sum_by_key, to_keys
 from cflow_plugin.metrics.regions import region_weights
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,11 @@ class _RankedArea(Metric):
     is_differentiable = False
     higher_is_better = True
     fpr_limit = 1.0
+
+    negatives: list[torch.Tensor]
+    positives: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    dropped_bits: torch.Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -139,7 +144,7 @@ class _RankedArea(Metric):
         area = area_below_curve(negatives, positives, self.fpr_limit, counts, weights)
         # A bin that holds a single floating-point number moves nothing.
         self._error_bound = area.error if self.dropped_bits else 0.0
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  Lightning sets it
             name = getattr(self, "name", type(self).__name__)
             bins = len(negatives) + len(positives)
             logger.info(
@@ -147,7 +152,13 @@ class _RankedArea(Metric):
             )
         return torch.tensor(area.value, dtype=torch.float64)
 
-    def sync(self, dist_sync_fn: Callable | None = None, **kwargs: Any) -> None:
+    def sync(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> None:
         """Join the states of all processes; see torchmetrics."""
         # Of a list that is empty torchmetrics makes a float32 tensor, which does not fit what other processes send.
         for name, dtype in _STATES.items():
@@ -158,7 +169,7 @@ class _RankedArea(Metric):
         def gather_on_device(state: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
             return [part.cpu() for part in gather(state.to(self.device), group)]
 
-        super().sync(dist_sync_fn=gather_on_device, **kwargs)
+        super().sync(gather_on_device, process_group, should_sync, distributed_available)
 
     _weighs = False
 
@@ -180,7 +191,7 @@ class _RankedArea(Metric):
         return torch.cat([empty, *(part.cpu() for part in self._parts(name))]).numpy()
 
     def _bins(self, keys: str, masses: str) -> tuple[np.ndarray, np.ndarray]:
-        return sum_by_key(coarsen(self._array(keys), int(self.dropped_bits)), self._array(masses))
+        return sum_by_key(join_bins(self._array(keys), int(self.dropped_bits)), self._array(masses))
 
     def _put_into_bins(self) -> None:
         """Move the scores that are kept into bins."""
@@ -192,11 +203,11 @@ class _RankedArea(Metric):
             bins = self._bins(keys, masses)
             dropped = int(self.dropped_bits)
             for scores, *weights in self._take(states):
-                new = sum_by_key(coarsen(to_keys(scores), dropped), *weights)
+                new = sum_by_key(join_bins(to_keys(scores), dropped), *weights)
                 bins = sum_by_key(*(np.concatenate(pair) for pair in zip(bins, new, strict=True)))
                 while len(bins[0]) > OCCUPIED_BINS:
                     dropped += 1
-                    bins = sum_by_key(coarsen(bins[0], dropped), bins[1])
+                    bins = sum_by_key(join_bins(bins[0], dropped), bins[1])
             setattr(self, keys, [torch.from_numpy(bins[0])])
             setattr(self, masses, [torch.from_numpy(bins[1])])
             self.dropped_bits = torch.tensor(dropped)
@@ -251,8 +262,10 @@ class AUROC(AnomalibMetric, _RankedArea):
         **kwargs: torchmetrics' settings.
     """
 
-    # anomalib's own would fail in a process without images, which here answers with the area of the others.
-    compute = _RankedArea.compute
+    def compute(self) -> torch.Tensor:
+        """Integrate the curve up to the limit."""
+        # anomalib's own would fail in a process without images, which here answers with the area of the others.
+        return _RankedArea.compute(self)
 
 
 class AUPRO(AnomalibMetric, _RegionArea):
@@ -269,5 +282,7 @@ class AUPRO(AnomalibMetric, _RegionArea):
         **kwargs: `fpr_limit`, 0.3 unless given, and torchmetrics' settings.
     """
 
-    # anomalib's own would fail in a process without images, which here answers with the area of the others.
-    compute = _RankedArea.compute
+    def compute(self) -> torch.Tensor:
+        """Integrate the curve up to the limit."""
+        # anomalib's own would fail in a process without images, which here answers with the area of the others.
+        return _RankedArea.compute(self)

@@ -3,6 +3,7 @@
 __all__ = ["Gallery"]
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ class Gallery(nn.Module):
         self.half_precision = half_precision
         self.pooled: torch.Tensor
         self.sizes: torch.Tensor
+        self.scale_0: torch.Tensor  # and so on, of the coarser scales
         # How many images there are and how large their maps is not known before training.
         self.register_buffer("pooled", torch.empty(0, 0))
         self.register_buffer("sizes", torch.zeros(scales, 2, dtype=torch.long))
@@ -147,8 +149,8 @@ class Gallery(nn.Module):
         """
         own_sizes = [tuple(size) for size in self.sizes.tolist()]
         device = vectors[0].device
-        parents = [_cells_above(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
-        own_parents = [_cells_above(*pair).to(device) for pair in zip(own_sizes, own_sizes[1:], strict=False)]
+        parents = [_cells_above(*pair) for pair in pairwise(sizes)]
+        own_parents = [_cells_above(*pair).to(device) for pair in pairwise(own_sizes)]
         groups = _grouped(own_parents[0]) if own_parents else torch.arange(self.scale_0.shape[1], device=device)[None]
         count = min(count, len(images) * self.scale_0.shape[1])
         width = sizes[0][1]

@@ -86,14 +86,17 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(
-            pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
+            pre_processor=self.configure_pre_processor((image_size[0], image_size[1]))
+            if pre_processor is True
+            else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
         self.pre_trained = pre_trained
         self.weights = weights
-        self.model: SpadeModel = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision)
+        network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision)
+        self.model: SpadeModel = network  # pyright: ignore[reportIncompatibleVariableOverride]  is any module there
 
     # What anomalib asks a model
 
@@ -104,13 +107,13 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         warnings.filterwarnings("ignore", message=".*returned `None`, this fit will run with no optimizer")
         return {"max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
-    @staticmethod
-    def configure_optimizers() -> None:
+    def configure_optimizers(self) -> None:
         """There is nothing to optimise."""
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add a look at the images."""
-        return [*super().configure_callbacks(), ImageFileCheck()]
+        callbacks = super().configure_callbacks()
+        return [*([callbacks] if isinstance(callbacks, Callback) else callbacks), ImageFileCheck()]
 
     # Training
 
@@ -128,6 +131,7 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Add a batch of training images to the gallery."""
         del args, kwargs
+        assert batch.image is not None  # optional in anomalib's type only
         self.model.gallery.add(*self.model.features(batch.image))
         # Lightning counts steps, and so writes a checkpoint, only where there is a loss.
         return torch.zeros((), device=self.device, requires_grad=True)

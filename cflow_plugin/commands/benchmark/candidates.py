@@ -6,7 +6,7 @@ __all__ = [
     "Model",
     "Precision",
     "Runtime",
-    "Unavailable",
+    "UnavailableError",
     "build_model",
     "export_model",
     "load",
@@ -25,8 +25,12 @@ import openvino as ov
 import torch
 from anomalib.deploy import CompressionType
 from anomalib.models import get_model
+from anomalib.models.components import AnomalibModule
+from anomalib.models.image.padim.torch_model import PadimModel
+from anomalib.post_processing import PostProcessor
 from torch import nn
 
+from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.baselines.spade import Spade
 from cflow_plugin.model.encoder import BACKBONES, Encoder
 from cflow_plugin.training.lightning_model import CflowPlugin
@@ -38,11 +42,11 @@ Precision = Literal["f32", "bf16", "f16", "int8", "int8-bf16"]
 
 # Its time depends on the images it retrieves, not on how many more the gallery holds; its size does.
 _SPADE_IMAGES = 60
-_RESNET_LAYERS = (["layer1", "layer2", "layer3"], "layer4")
+_RESNET_LAYERS = (("layer1", "layer2", "layer3"), "layer4")  # of the pyramid, and of the whole image
 _SPADE_LAYERS = {"resnet18": _RESNET_LAYERS, "wide_resnet50_2": _RESNET_LAYERS}
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """A candidate cannot be timed here; the message says why."""
 
 
@@ -87,12 +91,15 @@ class Candidate:
         return {"int8": "f32", "int8-bf16": "bf16"}.get(self.precision, self.precision)
 
 
-class _EncoderAlone(nn.Module):
+class EncoderAlone(nn.Module):
+    """An encoder without anything behind it."""
+
     def __init__(self, backbone: str) -> None:
         super().__init__()
         self.encoder = Encoder(backbone)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The features of images ``(B, 3, H, W)``, for each layer ``(B, D_k, H_k, W_k)``."""
         return tuple(self.encoder(images))
 
 
@@ -124,7 +131,7 @@ def unavailable(candidate: Candidate) -> str | None:
     return None
 
 
-def build_model(name: Model, backbone: str, size: int) -> nn.Module:
+def build_model(name: Model, backbone: str, size: int) -> AnomalibModule | EncoderAlone:
     """Build a model with random weights and everything it needs to run: speed does not depend on their values.
 
     Args:
@@ -133,11 +140,11 @@ def build_model(name: Model, backbone: str, size: int) -> nn.Module:
         size: Height and width of the images.
 
     Raises:
-        Unavailable: If the model does not work with that encoder.
+        UnavailableError: If the model does not work with that encoder.
     """
     torch.manual_seed(0)
     if name == "encoder":
-        return _EncoderAlone(backbone).eval()
+        return EncoderAlone(backbone).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "CflowPlugin":
@@ -150,40 +157,40 @@ def build_model(name: Model, backbone: str, size: int) -> nn.Module:
             layers = {"layers": list(BACKBONES[backbone].layers)} if name == "Cflow" and backbone in BACKBONES else {}
             model = get_model(name, backbone=backbone, pre_trained=False, visualizer=False, **layers).eval()
             model.pre_processor = model.configure_pre_processor((size, size))
-            if name == "Padim":
+            if isinstance(model.model, PadimModel):
                 _fill_padim(model.model, size)
             model(torch.rand(1, 3, size, size))
         except Exception as error:
             message = f"anomalib's {name} does not run with {backbone} ({type(error).__name__}: {error})"
-            raise Unavailable(message.splitlines()[0]) from error
+            raise UnavailableError(message.splitlines()[0]) from error
     return _with_thresholds(model)
 
 
 def _spade(backbone: str, size: int) -> Spade:
     """Spade with a gallery of random images."""
-    layers = dict(zip(("layers", "image_layer"), _SPADE_LAYERS.get(backbone, ()), strict=False))
-    if not layers:
+    if backbone not in _SPADE_LAYERS:
         message = f"no layers are known for Spade with {backbone}"
-        raise Unavailable(message)
-    model = Spade(backbone=backbone, pre_trained=False, image_size=(size, size), visualizer=False, **layers).eval()
+        raise UnavailableError(message)
+    layers, image_layer = _SPADE_LAYERS[backbone]
+    model = Spade(backbone, layers, image_layer, pre_trained=False, image_size=(size, size), visualizer=False).eval()
     for _ in range(_SPADE_IMAGES):
         model.model.gallery.add(*model.model.features(torch.rand(1, 3, size, size)))
     model.model.finish_gallery()
     return model
 
 
-def _with_thresholds(model: nn.Module) -> nn.Module:
+def _with_thresholds(model: AnomalibModule) -> AnomalibModule:
     """Give the post-processing the ranges and thresholds that a validation would."""
     processor = model.post_processor
+    assert isinstance(processor, PostProcessor)  # what all these models have by default
     for name, value in (("min", 0.0), ("max", 1.0)):
         getattr(processor, f"image_{name}").fill_(value)
         getattr(processor, f"pixel_{name}").fill_(value)
-    processor._image_threshold.fill_(0.5)  # noqa: SLF001
-    processor._pixel_threshold.fill_(0.5)  # noqa: SLF001
+    set_thresholds(processor, 0.5, 0.5)
     return model
 
 
-def _fill_padim(model: nn.Module, size: int) -> None:
+def _fill_padim(model: PadimModel, size: int) -> None:
     """Give Padim the statistics that training would: a mean and an inverse covariance for each position."""
     with torch.no_grad():
         embedding = model.generate_embedding(model.feature_extractor(torch.rand(1, 3, size, size)))
@@ -193,7 +200,7 @@ def _fill_padim(model: nn.Module, size: int) -> None:
     model.gaussian.inv_covariance = torch.eye(features).repeat(positions, 1, 1)
 
 
-def export_model(model: nn.Module, candidate: Candidate, folder: Path) -> tuple[Path, float]:
+def export_model(model: AnomalibModule | EncoderAlone, candidate: Candidate, folder: Path) -> tuple[Path, float]:
     """Write the file that the candidate's runtime reads.
 
     Args:
@@ -208,11 +215,11 @@ def export_model(model: nn.Module, candidate: Candidate, folder: Path) -> tuple[
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if candidate.model == "encoder":
+        if isinstance(model, EncoderAlone):
             path = _export_encoder(model, candidate, folder)
         elif candidate.runtime == "onnxruntime":
             path = model.to_onnx(folder, input_size=size)
-        elif candidate.stored == "int8":
+        elif candidate.stored == "int8" and isinstance(model, CflowPlugin):
             path = _quantized(model, candidate, folder)
         else:
             half = CompressionType.FP16 if candidate.stored == "f16" else None
@@ -220,7 +227,7 @@ def export_model(model: nn.Module, candidate: Candidate, folder: Path) -> tuple[
     return path, time.perf_counter() - start
 
 
-def _export_encoder(model: nn.Module, candidate: Candidate, folder: Path) -> Path:
+def _export_encoder(model: EncoderAlone, candidate: Candidate, folder: Path) -> Path:
     example = torch.zeros(2, 3, candidate.size, candidate.size)
     shapes = ({0: torch.export.Dim("batch")},)
     if candidate.runtime == "onnxruntime":
@@ -238,7 +245,8 @@ def _export_encoder(model: nn.Module, candidate: Candidate, folder: Path) -> Pat
 
 
 def _quantized(model: CflowPlugin, candidate: Candidate, folder: Path) -> Path:
-    from cflow_plugin.deploy.graph import convert_to_openvino, quantize
+    from cflow_plugin.deploy.graph import convert_to_openvino
+    from cflow_plugin.deploy.quantization import quantize
 
     converted = quantize(convert_to_openvino(model, (candidate.size, candidate.size)), _random_images(candidate.size))
     path = folder / "model.xml"
@@ -276,7 +284,7 @@ def load(candidate: Candidate, source: Path | nn.Module, threads: int) -> Loaded
         threads: Threads to use on a CPU.
     """
     images = np.random.default_rng(0).random((candidate.batch, 3, candidate.size, candidate.size), dtype=np.float32)
-    if candidate.runtime.startswith("torch"):
+    if isinstance(source, nn.Module):
         return _load_torch(candidate, source, images)
     if candidate.runtime == "onnxruntime":
         return _load_onnxruntime(source, images, threads)
@@ -313,7 +321,7 @@ def _load_openvino(candidate: Candidate, path: Path, images: np.ndarray, threads
     device = "GPU" if candidate.runtime == "openvino-gpu" else "CPU"
     model = core.read_model(path)
     model.reshape(images.shape)
-    settings = {"INFERENCE_PRECISION_HINT": candidate.computed}
+    settings: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": candidate.computed}
     if device == "CPU":
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(model, device, {**settings, "PERFORMANCE_HINT": "LATENCY"})

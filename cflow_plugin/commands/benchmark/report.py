@@ -1,14 +1,11 @@
 """Figures of speed as a table on the screen, and as Markdown, CSV, JSON and a plot."""
 
-__all__ = ["describe_machine", "left_out", "print_table", "write_report"]
+__all__ = ["left_out", "print_table", "write_report"]
 
 import csv
 import itertools
 import json
-import platform
 from collections.abc import Iterable
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
 
@@ -44,32 +41,6 @@ _COLUMNS = {
 _VARIED = ("backbone", "size", "batch")
 _MAIN_COLUMNS = ("runtime", "precision", "p50_ms", "fps", "file_mb")
 _NAMED = 3  # combinations that are named one by one
-
-
-def describe_machine(threads: int) -> dict:
-    """What figures depend on beside the code."""
-    versions = {}
-    for package in ("cflow-plugin", "anomalib", "torch", "openvino", "onnxruntime", "nncf"):
-        try:
-            versions[package] = f"{package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "system": platform.platform(),
-        "threads": threads,
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def left_out(skipped: dict[str, list[str]]) -> list[str]:
@@ -130,19 +101,18 @@ def write_report(report: dict, folder: Path) -> None:
         console.print()
         console.print(_table(rows, box.MARKDOWN, _COLUMNS))
         console.print(f"Published, Table 6. {CAPTIONS[6]}:\n")
-        console.print(_published())
+        console.print(_published() + "\n", soft_wrap=True)
         for line in left_out(report["left_out"]):
             console.print(line)
     with atomic_file(folder / "speed.png") as partial:
         _plot(rows).savefig(partial, format="png", dpi=150)
 
 
-def _published() -> Table:
-    table = Table("model", "encoder", "fps at 256", "fps at 512", "size MB", box=box.MARKDOWN)
-    for row in published_table(6).itertuples():
-        figures = (row.fps_256, row.fps_512, row.mvtec_mb)
-        table.add_row(row.model, row.encoder, *("" if isnan(figure) else f"{figure:g}" for figure in figures))
-    return table
+def _published() -> str:
+    names = {"fps_256": "fps at 256", "fps_512": "fps at 512", "mvtec_mb": "size MB"}
+    table = published_table(6).drop(columns="stc_mb").rename(columns=names)
+    texts = table.map(lambda value: value if isinstance(value, str) else "" if isnan(value) else f"{value:g}")
+    return texts.to_markdown(index=False, disable_numparse=True)
 
 
 def _plot(rows: list[dict]) -> Figure:
@@ -161,9 +131,9 @@ def _plot(rows: list[dict]) -> Figure:
     ]
     measured = {row["backbone"] for row in rows}
     points += [
-        (_MEASURED_AS.get(row.model, row.model), "published", row.mvtec_mb, row.fps_256, row.encoder)
-        for row in published_table(6).itertuples()
-        if row.encoder in measured
+        (_MEASURED_AS.get(row["model"], row["model"]), "published", row["mvtec_mb"], row["fps_256"], row["encoder"])
+        for row in published_table(6).to_dict("records")
+        if row["encoder"] in measured
     ]
     # A colour for each model and a marker for each way of running it.
     colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(point[0] for point in points))}

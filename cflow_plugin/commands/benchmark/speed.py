@@ -1,14 +1,14 @@
 """Time candidates in alternating rounds, and weigh them."""
 
-__all__ = ["benchmark", "peak_resident_bytes"]
+__all__ = ["benchmark"]
 
 import itertools
 import logging
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -24,13 +24,14 @@ from cflow_plugin.commands.benchmark.candidates import (
     Model,
     Precision,
     Runtime,
-    Unavailable,
+    UnavailableError,
     build_model,
     export_model,
     load,
     unavailable,
 )
-from cflow_plugin.commands.benchmark.report import describe_machine, left_out, print_table, write_report
+from cflow_plugin.commands.benchmark.report import left_out, print_table, write_report
+from cflow_plugin.commands.machine import describe_machine, peak_resident_bytes
 from cflow_plugin.errors import CflowError
 
 
@@ -104,7 +105,7 @@ def _prepare(
                 facts = _export_once(candidate, folder, files)
                 facts["peak_memory_mb"] = _in_own_process(_peak_memory, candidate, facts.pop("source"), threads)
                 prepared.append((candidate, facts))
-            except (Unavailable, BrokenProcessPool) as error:
+            except (UnavailableError, BrokenProcessPool) as error:
                 reason = str(error) or "its process died, probably for lack of memory"
         if reason is not None:
             skipped.setdefault(reason, []).append(str(candidate))
@@ -134,7 +135,7 @@ def _export_once(candidate: Candidate, folder: Path, files: dict[tuple, tuple[Pa
     return facts
 
 
-def _in_own_process(function: object, *arguments: object) -> object:
+def _in_own_process(function: Callable[..., float], *arguments: object) -> float:
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
 
@@ -147,16 +148,6 @@ def _peak_memory(candidate: Candidate, source: Path | None, threads: int) -> flo
     for _ in range(3):
         loaded.run()
     return peak_resident_bytes() / 1e6
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Unlike ``getrusage``, this forgets the process that started this one.
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _measure(prepared: list[tuple[Candidate, dict]], threads: int, rounds: int, seconds: float) -> list[dict]:

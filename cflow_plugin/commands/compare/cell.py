@@ -156,8 +156,9 @@ def build_model(variant: Variant, encoder: EncoderChoice, image_size: tuple[int,
     settings = given | variant.settings
     if settings["layers"] is None:
         del settings["layers"]
+    size = settings["image_size"]
     if not ours:
-        size = settings.pop("image_size")
+        del settings["image_size"]
     try:
         model = get_model(variant.model, evaluator=CflowEvaluator(), visualizer=False, **settings)
     except CflowError:
@@ -209,8 +210,8 @@ def run_cell(cell: Cell, job: Job) -> dict[str, Any]:
     from anomalib.engine import Engine
     from lightning import seed_everything
 
-    from cflow_plugin.commands.benchmark.speed import peak_resident_bytes
     from cflow_plugin.commands.compare.record import Recorder
+    from cflow_plugin.commands.machine import peak_resident_bytes
 
     torch.set_num_threads(job.threads)
     warnings.filterwarnings("ignore")

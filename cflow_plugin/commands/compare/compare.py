@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cflow_plugin.anomalib_patches.error_hook import explain
 from cflow_plugin.anomalib_patches.telemetry import switch_off_telemetry
-from cflow_plugin.commands.benchmark.report import describe_machine
 from cflow_plugin.commands.compare.cell import METRICS, MODELS, Cell, DataSet, EncoderChoice, Job, Variant, run_cell
 from cflow_plugin.commands.compare.on_ray import run_on_ray
 from cflow_plugin.commands.compare.report import write_report
+from cflow_plugin.commands.machine import Machine, describe_machine
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.model import weights
@@ -136,7 +136,7 @@ def _plan(
                 settings["category"] = category
             title = str(category or settings.get("name") or one.name)
             cells += [
-                Cell(model, variant, encoder, one.name, settings, title, seed, tuple(image_size))
+                Cell(model, variant, encoder, one.name, settings, title, seed, (image_size[0], image_size[1]))
                 for encoder, seed, (model, variant) in itertools.product(encoders, seeds, chosen.items())
             ]
     if not cells:
@@ -146,7 +146,7 @@ def _plan(
 
 
 def _fetch_weights(encoders: list[EncoderChoice]) -> None:
-    """Complain about an encoder once, and before anything is trained."""
+    """Raise if an encoder cannot be had: once, and before anything is trained."""
     for choice in encoders:
         encoder = Encoder(choice.backbone, choice.layers)
         if choice.weights is not None:
@@ -194,7 +194,7 @@ class _Results:
             return self._rows
         return self._rows.set_index("key", drop=False).reindex([key for key in keys if key in self.keys])
 
-    def add(self, cell: Cell, row: dict[str, Any], machine: dict[str, Any]) -> None:
+    def add(self, cell: Cell, row: dict[str, Any], machine: Machine) -> None:
         """Add a finished cell."""
         what = {
             "key": cell.key,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -114,7 +115,8 @@ def trade_off(results: pd.DataFrame) -> Figure:
         label = f"{row.model}, {row.size_mb:.0f} MB" + (f", {row.encoder}" if means["encoder"].nunique() > 1 else "")
         axis.scatter(row.image_ms, getattr(row, metric), s=area, color=f"C{number}", alpha=0.6, label=label)
     for handle in figure.legend(loc="outside right upper", fontsize=8).legend_handles:
-        handle.set_sizes([50])
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([50])
     axis.set(xscale="log", xlabel="ms an image (PyTorch)", ylabel=f"mean {metric.replace('_', ' ')}")
     axis.margins(0.25)
     axis.grid(visible=True, which="both", alpha=0.3)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cflow_plugin.commands.cluster import connected, reason, room
+from cflow_plugin.commands.cluster import cluster_slots, connected, why_failed
 from cflow_plugin.commands.compare.cell import Cell, Job, run_cell
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def run_on_ray(cells: list[Cell], job: Job, address: str | None) -> Iterator[tup
         CflowError: If Ray or the cluster is absent.
     """
     with connected(address) as ray:
-        room(ray, job.threads)
+        cluster_slots(ray, job.threads)
         # A worker ends with its task: the next cell's peak memory is its own.
         task = ray.remote(num_cpus=job.threads, max_retries=_RETRIES, max_calls=1)(_run)
         running = {task.remote(cell, job, Path.cwd()): cell for cell in cells}
@@ -45,11 +45,11 @@ def run_on_ray(cells: list[Cell], job: Job, address: str | None) -> Iterator[tup
                 yield cell, ray.get(finished)
             except ray.exceptions.RayError as error:  # one cell's failure must not cost the others
                 logger.debug("A cell failed.", exc_info=True)
-                yield cell, reason(error)
+                yield cell, why_failed(error)
 
 
 def _run(cell: Cell, job: Job, directory: Path) -> dict[str, Any]:
-    from cflow_plugin.commands.benchmark.report import describe_machine
+    from cflow_plugin.commands.machine import describe_machine
 
     os.chdir(directory)  # what relative paths of data and weights are relative to
     row = run_cell(cell, job)

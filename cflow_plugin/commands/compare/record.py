@@ -70,7 +70,7 @@ class Recorder(Callback):
             kind = Path(outputs.image_path[index]).parent.name
             if kind not in self._samples and len(self._samples) < _SAMPLES:
                 # From its file: the batch's has been normalised for the model.
-                image = read_image(outputs.image_path[index])
+                image = np.asarray(read_image(outputs.image_path[index]))
                 self._samples[kind] = (_shrink(image), _shrink(mask.astype(np.float32)), _shrink(anomaly_map))
 
     def _count(self, anomaly_map: np.ndarray, mask: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from cflow_plugin.commands.compare.figures import Records, curves, densities, grid, trade_off
 from cflow_plugin.commands.compare.tables import accuracy_tables, complexity_table, published_tables, summary_table
+from cflow_plugin.commands.machine import Machine
 from cflow_plugin.files import atomic_file
 
 _CAPTIONS = {
@@ -22,7 +23,7 @@ _CAPTIONS = {
 }
 
 
-def write_report(results: pd.DataFrame, machine: dict, folder: Path) -> Path:
+def write_report(results: pd.DataFrame, machine: Machine, folder: Path) -> Path:
     """Write ``report.html``, ``report.md`` and ``figures/``.
 
     Args:

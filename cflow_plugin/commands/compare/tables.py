@@ -4,7 +4,10 @@ __all__ = ["TITLES", "Table", "accuracy_tables", "complexity_table", "published_
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
 
 import pandas as pd
 
@@ -27,34 +30,35 @@ _COMPLEXITY = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """A table for people.
 
     Attributes:
         title: What it shows.
-        columns: Headings.
-        rows: Texts; the first of each row names the row.
+        texts: Its cells, shape ``(R, C)``; the first column names the rows.
         note: What a reader has to know about it.
-        best: ``(row, column)`` of the texts to be set in bold.
+        best: Which texts are set in bold, of the same shape; none where ``None``.
     """
 
     title: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
+    texts: pd.DataFrame
     note: str = ""
-    best: set[tuple[int, int]] = field(default_factory=set)
+    best: pd.DataFrame | None = None
 
     def to_markdown(self) -> str:
-        """The table as GitHub-flavoured Markdown."""
-        lines = [f"### {self.title}", ""]
-        if self.note:
-            lines += [self.note, ""]
-        lines += ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
-        for number, row in enumerate(self.rows):
-            texts = [f"**{text}**" if (number, place) in self.best else text for place, text in enumerate(row)]
-            lines.append("| " + " | ".join(texts) + " |")
-        return "\n".join([*lines, ""])
+        """The table with title and note, as GitHub-flavoured Markdown."""
+        # Without disable_numparse tabulate would print 98.10 as 98.1.
+        table = self._in_bold(self.texts, "**", "**").to_markdown(index=False, disable_numparse=True)
+        return "\n\n".join(part for part in (f"### {self.title}", self.note, table) if part) + "\n"
+
+    def to_html(self) -> str:
+        """The table alone, as HTML."""
+        style = self._in_bold(self.texts.map(escape), "<b>", "</b>").style
+        return style.hide(axis="index").format_index(escape="html", axis=1).to_html(exclude_styles=True)
+
+    def _in_bold(self, texts: pd.DataFrame, before: str, after: str) -> pd.DataFrame:
+        return texts if self.best is None else texts.mask(self.best, before + texts + after)
 
 
 def summary_table(results: pd.DataFrame) -> Table:
@@ -63,30 +67,30 @@ def summary_table(results: pd.DataFrame) -> Table:
     Args:
         results: A row a cell.
     """
-    columns = ["model", "encoder", "size", *TITLES.values(), "training s", "test ms an image", "peak MB", "model MB"]
-    table = Table("All categories", columns, note=_spread(results, "Means over categories"))
-    categories = results["category"].nunique()
-    complete = []
-    for (encoder, size, model), group in results.groupby(["encoder", "size", "model"], sort=False):
-        done = group["category"].nunique()
-        if done == categories:
-            complete.append(len(table.rows))
-        else:
-            # Not to be compared with the others: some categories are harder.
-            model = f"{model} ({done} of {categories} categories)"
-        # σ of the mean over categories: each seed has a mean of its own.
-        means = group.groupby("seed")[[metric for metric in METRICS if metric in group]].mean()
-        figures = [_mean(means.get(metric)) for metric in METRICS]
-        costs = [
-            f"{group['train_seconds'].mean():.1f}",
-            f"{group['image_ms'].mean():.1f}",
-            f"{group['peak_memory_mb'].max():.0f}",
-            f"{group['size_mb'].max():.0f}",
-        ]
-        table.rows.append([str(model), str(encoder), str(size), *figures, *costs])
-    for place in range(3, 3 + len(METRICS)):
-        _mark_best(table, complete, place)
-    return table
+    groups = ["encoder", "size", "model"]
+    rows = results.groupby(groups, sort=False)
+    done, categories = rows["category"].nunique(), results["category"].nunique()
+    # σ of the mean over categories: each seed has a mean of its own.
+    each_seed = results.reindex(columns=[*groups, "seed", *METRICS]).groupby([*groups, "seed"], sort=False).mean()
+    means, figures = _means_and_texts(each_seed, groups)
+    # Not to be compared with the others: some categories are harder.
+    best = _highest(means.where(done == categories))
+    texts = figures.rename(columns=TITLES)
+    for column, values, digits in (
+        ("training s", rows["train_seconds"].mean(), 1),
+        ("test ms an image", rows["image_ms"].mean(), 1),
+        ("peak MB", rows["peak_memory_mb"].max(), 0),
+        ("model MB", rows["size_mb"].max(), 0),
+    ):
+        texts[column] = values.map(f"{{:.{digits}f}}".format)
+    texts = texts.reset_index()
+    texts["model"] = [
+        str(model) if count == categories else f"{model} ({count} of {categories} categories)"
+        for model, count in zip(texts["model"], done, strict=True)
+    ]
+    texts = texts[["model", "encoder", "size", *texts.columns[3:]]].astype(str)
+    best = best.rename(columns=TITLES).reset_index(drop=True).reindex(columns=texts.columns, fill_value=False)
+    return Table("All categories", texts, _spread(results, "Means over categories"), best)
 
 
 def accuracy_tables(results: pd.DataFrame) -> list[Table]:
@@ -96,18 +100,18 @@ def accuracy_tables(results: pd.DataFrame) -> list[Table]:
         results: A row a cell.
     """
     tables = []
-    for (encoder, size), part in results.groupby(["encoder", "size"], sort=False):
-        models = list(dict.fromkeys(part["model"]))
-        for metric in METRICS:
-            if metric not in part or part[metric].isna().all():
+    for encoder, size in _distinct(results, ["encoder", "size"]):
+        part = results.loc[(results["encoder"] == encoder) & (results["size"] == size)]
+        order = {"index": part["category"].unique(), "columns": part["model"].unique()}
+        means, figures = _means_and_texts(part.set_index(["category", "model"]), ["category", "model"])
+        for metric in figures:
+            if means[metric].isna().all():
                 continue
-            title = f"{TITLES[metric]}, {encoder}, {size}"
-            table = Table(title, ["category", *models], note=_spread(part, "Means over seeds"))
-            for category, group in part.groupby("category", sort=False):
-                table.rows.append([str(category), *(_mean(group[group["model"] == model][metric]) for model in models)])
-            for number in range(len(table.rows)):
-                _mark_best(table, number, list(range(1, 1 + len(models))))
-            tables.append(table)
+            best = _highest(means[metric].unstack().reindex(**order).T).T
+            texts = figures[metric].unstack(fill_value=_NOT_MEASURED).reindex(**order).reset_index()
+            best = best.reset_index(drop=True).reindex(columns=texts.columns, fill_value=False)
+            title = f"{TITLES[str(metric)]}, {encoder}, {size}"
+            tables.append(Table(title, texts.astype(str), _spread(part, "Means over seeds"), best))
     return tables
 
 
@@ -117,20 +121,25 @@ def complexity_table(results: pd.DataFrame) -> Table:
     Args:
         results: A row a cell.
     """
-    columns = ["model", "training computes", "s", "a test computes", "ms an image", "keeps", "MB", "peak memory MB"]
-    table = Table(
-        "Complexity (Table 1)",
-        columns,
-        note="λ stands for the encoder. Seconds, peak memory and size are means over cells, of whole processes.",
-    )
-    for (_, model, kind), group in results.groupby(["encoder", "model", "anomalib_model"], sort=False):
-        train, test, memory = _COMPLEXITY.get(kind, ("", "", ""))
-        mean = group[["train_seconds", "image_ms", "size_mb", "peak_memory_mb"]].mean()
-        name = f"{model}, {group['encoder'].iloc[0]}"
-        seconds, milliseconds = f"{mean['train_seconds']:.1f}", f"{mean['image_ms']:.1f}"
-        sizes = [f"{mean['size_mb']:.0f}", f"{mean['peak_memory_mb']:.0f}"]
-        table.rows.append([name, train, seconds, test, milliseconds, memory, *sizes])
-    return table
+    groups = ["encoder", "model", "anomalib_model"]
+    costs = ["train_seconds", "image_ms", "size_mb", "peak_memory_mb"]
+    rows = []
+    for mean in _records(results.groupby(groups, sort=False)[costs].mean().reset_index()):
+        train, test, memory = _COMPLEXITY.get(mean["anomalib_model"], ("", "", ""))
+        rows.append(
+            {
+                "model": f"{mean['model']}, {mean['encoder']}",
+                "training computes": train,
+                "s": f"{mean['train_seconds']:.1f}",
+                "a test computes": test,
+                "ms an image": f"{mean['image_ms']:.1f}",
+                "keeps": memory,
+                "MB": f"{mean['size_mb']:.0f}",
+                "peak memory MB": f"{mean['peak_memory_mb']:.0f}",
+            }
+        )
+    note = "λ stands for the encoder. Seconds, peak memory and size are means over cells, of whole processes."
+    return Table("Complexity (Table 1)", pd.DataFrame(rows), note)
 
 
 def published_tables(results: pd.DataFrame) -> list[Table]:
@@ -139,126 +148,107 @@ def published_tables(results: pd.DataFrame) -> list[Table]:
     Args:
         results: A row a cell.
     """
-    measured = results.copy()
-    measured["published_name"] = [_published_name(row) for _, row in measured.iterrows()]
+    rows = _records(results)
+    measured = results.rename(columns={"model": "title", "size": "pixels"}).assign(
+        model=[_published_name(row) for row in rows],
+        coupling_blocks=[json.loads(row["settings"]).get("coupling_blocks", 8) for row in rows],
+        pooling_layers=[_layers(row) for row in rows],
+        size=[int(str(row["size"]).split("×")[0]) for row in rows],
+    )
+    wide = measured[measured["encoder"] == "wide_resnet50_2"]
     return [
-        _ablation(measured),
-        _classes(measured),
-        *(_means(measured, number, data) for number, data in ((4, "MVTecAD"), (5, "ShanghaiTechFrames"))),
-        _speed(measured),
+        _by_class(2, measured, ["encoder", "coupling_blocks", "pooling_layers", "size", "model"]),
+        _by_class(3, measured, ["model", "encoder"]),
+        *(_averages(number, wide, data) for number, data in ((4, "MVTecAD"), (5, "ShanghaiTechFrames"))),
+        _speed(measured[measured["pixels"] == "256×256"]),
     ]
 
 
-def _published_name(row: pd.Series) -> str | None:
+def _published_name(row: Mapping[str, Any]) -> str | None:
     name = _PUBLISHED_NAMES.get(row["anomalib_model"])
     if name == "CFLOW-AD" and json.loads(row["settings"]).get("condition_dims") == 0:
         return "UFLOW"
     return name
 
 
-def _ablation(measured: pd.DataFrame) -> Table:
-    published = published_table(2)
-    setups = ["encoder", "coupling_blocks", "pooling_layers", "size", "model"]
-    wanted = published[setups].drop_duplicates()
-    table = _published(2, ["class"])
-    table.columns += [
-        f"{row.encoder}, {row.coupling_blocks} blocks, {row.pooling_layers} layers, {row.size}"
-        + (", UFLOW" if row.model == "UFLOW" else "")
-        for row in wanted.itertuples()
-    ]
-    here = measured[measured["data"] == "MVTecAD"].copy()
-    here["coupling_blocks"] = [json.loads(text).get("coupling_blocks", 8) for text in here["settings"]]
-    here["pooling_layers"] = [_layers(row) for _, row in here.iterrows()]
-    here["pixels"] = [int(str(size).split("×")[0]) for size in here["size"]]
-    for category, rows in published.groupby("category", sort=False):
-        texts = [str(category)]
-        for row in rows.itertuples():
-            same = here[
-                (here["published_name"] == row.model)
-                & (here["encoder"] == row.encoder)
-                & (here["coupling_blocks"] == row.coupling_blocks)
-                & (here["pooling_layers"] == row.pooling_layers)
-                & (here["pixels"] == row.size)
-            ]
-            sigma = "" if math.isnan(row.sigma) else f" ± {row.sigma:.2f}"
-            texts.append(_beside(row.value, _over(same, category, "pixel_AUROC", "MVTecAD"), sigma))
-        table.rows.append(texts)
-    return table
-
-
-def _layers(row: pd.Series) -> int:
+def _layers(row: Mapping[str, Any]) -> int:
     """Number of a cell's layers."""
     named = str(row["layers"]) if isinstance(row["layers"], str) else ""
     return len(named.split()) or len(getattr(BACKBONES.get(row["encoder"]), "layers", (1, 2, 3)))
 
 
-def _classes(measured: pd.DataFrame) -> Table:
-    published = published_table(3)
-    wanted = published[["model", "encoder", "metric"]].drop_duplicates()
-    table = _published(
-        3, ["class", *(f"{row.model}, {row.encoder}, {TITLES[row.metric]}" for row in wanted.itertuples())]
-    )
-    here = measured[measured["data"] == "MVTecAD"]
-    for category, rows in published.groupby("category", sort=False):
-        found = {(row.model, row.encoder, row.metric): row.value for row in rows.itertuples()}
-        texts = [str(category)]
-        for key in wanted.itertuples(index=False):
-            same = here[(here["published_name"] == key.model) & (here["encoder"] == key.encoder)]
-            texts.append(_beside(found[tuple(key)], _over(same, category, key.metric, "MVTecAD")))
-        table.rows.append(texts)
-    return table
+def _by_class(number: int, measured: pd.DataFrame, setup: list[str]) -> Table:
+    """Table 2 or 3: a row a class of MVTec AD, a column a setup."""
+    rows: dict[str, dict[str, str]] = {}
+    figures = published_table(number).merge(_percentages(measured, setup, "MVTecAD"), how="left")
+    for figure in _records(figures):
+        if number == 2:
+            column = "{encoder}, {coupling_blocks} blocks, {pooling_layers} layers, {size}".format_map(figure)
+            column += ", UFLOW" if figure["model"] == "UFLOW" else ""
+        else:
+            column = f"{figure['model']}, {figure['encoder']}, {TITLES[figure['metric']]}"
+        sigma = figure.get("sigma", math.nan)
+        sigma = "" if math.isnan(sigma) else f" ± {sigma:.2f}"
+        row = rows.setdefault(figure["category"], {"class": figure["category"]})
+        row[column] = _beside(figure["value"], figure["measured"], sigma)
+    return _published(number, pd.DataFrame(list(rows.values())))
 
 
-def _means(measured: pd.DataFrame, number: int, data: str) -> Table:
+def _averages(number: int, measured: pd.DataFrame, data: str) -> Table:
+    """Table 4 or 5: a row a model, a column a metric, both over all categories."""
     published = published_table(number)
-    metrics = list(dict.fromkeys(published["metric"]))
-    table = _published(number, ["model", *(TITLES[metric] for metric in metrics)])
-    here = measured[(measured["data"] == data) & (measured["encoder"] == "wide_resnet50_2")]
-    for model, rows in published.groupby("model", sort=False):
-        found = dict(zip(rows["metric"], rows["value"], strict=True))
-        same = here[here["published_name"] == model]
-        texts = [_beside(found.get(metric), _over(same, "average", metric, data)) for metric in metrics]
-        table.rows.append([str(model), *texts])
-    return table
+    metrics = published["metric"].unique()
+    every = pd.MultiIndex.from_product([published["model"].unique(), metrics], names=["model", "metric"])
+    published = published.set_index(["model", "metric"]).reindex(every).reset_index().assign(category="average")
+    rows: dict[str, dict[str, str]] = {}
+    for figure in _records(published.merge(_percentages(measured, ["model"], data), how="left")):
+        row = rows.setdefault(figure["model"], {"model": figure["model"]})
+        row[TITLES[figure["metric"]]] = _beside(figure["value"], figure["measured"])
+    return _published(number, pd.DataFrame(list(rows.values())))
 
 
 def _speed(measured: pd.DataFrame) -> Table:
-    table = _published(6, ["model", "encoder", "images/s at 256", "MB, MVTec AD"])
-    table.note += (
-        " In brackets: PyTorch's on this machine's CPU, one image after another; `cflow-plugin benchmark` has more."
+    means = measured.groupby(["model", "encoder"])[["image_ms", "size_mb"]].mean().reset_index()
+    rows = [
+        {
+            "model": row["model"],
+            "encoder": row["encoder"],
+            "images/s at 256": _beside(row["fps_256"], 1000 / row["image_ms"], digits=1),
+            "MB, MVTec AD": _beside(row["mvtec_mb"], row["size_mb"], digits=0),
+        }
+        for row in _records(published_table(6).merge(means, how="left"))
+    ]
+    more = " In brackets: PyTorch's on this machine's CPU, one image after another; `cflow-plugin benchmark` has more."
+    return _published(6, pd.DataFrame(rows), more)
+
+
+def _published(number: int, texts: pd.DataFrame, more: str = "") -> Table:
+    note = (
+        f"Published figures; in brackets what was measured here, and the difference. {_NOT_MEASURED} was not measured."
     )
-    here = measured[measured["size"] == "256×256"]
-    for row in published_table(6).itertuples():
-        same = here[(here["published_name"] == row.model) & (here["encoder"] == row.encoder)]
-        speed = 1000 / same["image_ms"].mean() if len(same) else None
-        size = same["size_mb"].mean() if len(same) else None
-        table.rows.append(
-            [row.model, row.encoder, _beside(row.fps_256, speed, digits=1), _beside(row.mvtec_mb, size, digits=0)]
-        )
-    return table
+    return Table(f"Table {number}. {CAPTIONS[number]}", texts, note + more)
 
 
-def _published(number: int, columns: list[str]) -> Table:
-    note = "Published figures; in brackets what was measured here, and the difference. " + _NOT_MEASURED
-    return Table(f"Table {number}. {CAPTIONS[number]}", columns, note=note + " was not measured.")
+def _percentages(measured: pd.DataFrame, setup: list[str], data: str) -> pd.DataFrame:
+    """Mean metrics in percent of a data set's categories, and their average where there are all of them.
+
+    Returns:
+        A row a setup, category and metric: ``*setup, category, metric, measured``.
+    """
+    metrics = [metric for metric in METRICS if metric in measured]
+    here = measured[measured["data"] == data]
+    cells = here.melt([*setup, "category"], metrics, var_name="metric", value_name="measured")
+    # A mean over some of the categories is not the mean over all of them.
+    found = cells.groupby([*setup, "metric"])["category"].transform("nunique")
+    cells = pd.concat([cells, cells[found >= _CLASSES[data]].assign(category="average")])
+    return (100 * cells.groupby([*setup, "category", "metric"])["measured"].mean()).reset_index()
 
 
-def _over(rows: pd.DataFrame, category: str, metric: str, data: str) -> float | None:
-    """A metric in percent: of one category, or the mean over all of the data set's."""
-    if metric not in rows:
-        return None
-    if category != "average":
-        rows = rows[rows["category"] == category]
-    elif rows["category"].nunique() < _CLASSES[data]:
-        return None
-    value = rows[metric].mean()
-    return None if math.isnan(value) else 100 * value
-
-
-def _beside(published: float | None, measured: float | None, sigma: str = "", digits: int = 2) -> str:
-    known = published is not None and not math.isnan(published)
+def _beside(published: float, measured: float, sigma: str = "", digits: int = 2) -> str:
+    """A published figure, or nothing where it is NaN, and in brackets the measured one."""
+    known = not math.isnan(published)
     text = f"{published:g}{sigma}" if known else ""
-    if measured is None or math.isnan(measured):
+    if math.isnan(measured):
         return f"{text} ({_NOT_MEASURED})"
     difference = f", {measured - published:+.{digits}f}" if known else ""
     return f"{text} ({measured:.{digits}f}{difference})"
@@ -269,18 +259,28 @@ def _spread(results: pd.DataFrame, what: str) -> str:
     return f"{what}; ± is the standard deviation over {seeds} seeds." if seeds > 1 else f"{what}; one seed."
 
 
-def _mean(values: pd.Series | None) -> str:
-    values = pd.Series(dtype=float) if values is None else values.dropna()
-    if not len(values):
-        return _NOT_MEASURED
-    return f"{values.mean():.4f}" + (f" ± {values.std():.4f}" if len(values) > 1 else "")
+def _means_and_texts(seeds: pd.DataFrame, levels: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means of the metrics over seeds, and the same as texts with standard deviations.
+
+    Args:
+        seeds: A row a seed, indexed by ``levels``.
+        levels: What belongs together.
+    """
+    groups = seeds[[metric for metric in METRICS if metric in seeds]].groupby(level=levels, sort=False)
+    means = groups.mean()
+    sigmas = groups.std().map(lambda sigma: "" if math.isnan(sigma) else f" ± {sigma:.4f}")
+    return means, (means.map("{:.4f}".format) + sigmas).where(means.notna(), _NOT_MEASURED)
 
 
-def _mark_best(table: Table, rows: int | list[int], columns: int | list[int]) -> None:
-    """Mark the highest among a row's or a column's texts."""
-    places = [(row, columns) for row in rows] if isinstance(rows, list) else [(rows, column) for column in columns]
-    values = {
-        place: float(text.split()[0]) for place in places if (text := table.rows[place[0]][place[1]]) != _NOT_MEASURED
-    }
-    if len(values) > 1:
-        table.best |= {place for place, value in values.items() if value == max(values.values())}
+def _highest(means: pd.DataFrame) -> pd.DataFrame:
+    """Whether each is the highest of its column, to the digits that are shown; none in a column of a single one."""
+    shown = means.round(4)
+    return shown.eq(shown.max()) & (shown.count() > 1)
+
+
+def _distinct(table: pd.DataFrame, columns: list[str]) -> list[tuple[Any, ...]]:
+    return list(dict.fromkeys(zip(*(table[column] for column in columns), strict=True)))
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from cflow_plugin.commands.cluster import connected, reason, room
-from cflow_plugin.commands.score.parts import Parts
+from cflow_plugin.commands.cluster import cluster_slots, connected, why_failed
+from cflow_plugin.commands.score.parts import ScoreTable
 from cflow_plugin.commands.score.scorer import Scorer, Settings
 from cflow_plugin.errors import CflowError
 
@@ -25,7 +25,7 @@ class Done(NamedTuple):
     errors: int
 
 
-def score_here(batches: list[list[str]], parts: Parts, settings: Settings) -> Iterator[Done]:
+def score_here(batches: list[list[str]], parts: ScoreTable, settings: Settings) -> Iterator[Done]:
     """Score batches in this process.
 
     Args:
@@ -46,7 +46,7 @@ def score_here(batches: list[list[str]], parts: Parts, settings: Settings) -> It
 class _Worker:
     """A process of the cluster that holds the compiled model."""
 
-    def __init__(self, parts: Parts, settings: Settings) -> None:
+    def __init__(self, parts: ScoreTable, settings: Settings) -> None:
         self.parts = parts
         self.score = Scorer(settings)
 
@@ -64,7 +64,7 @@ class _Worker:
 
 
 def score_on_ray(
-    batches: list[list[str]], parts: Parts, settings: Settings, address: str | None, workers: int | None
+    batches: list[list[str]], parts: ScoreTable, settings: Settings, address: str | None, workers: int | None
 ) -> Iterator[Done]:
     """Score batches in a pool of Ray actors.
 
@@ -87,7 +87,7 @@ def score_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        fit = room(ray, threads)
+        fit = cluster_slots(ray, threads)
         most = fit if workers is None else workers
         blocks = min(len(batches), _MOST_BLOCKS)
         items = ray.data.from_items([{"paths": batch} for batch in batches], override_num_blocks=blocks)
@@ -103,4 +103,4 @@ def score_on_ray(
             for row in scored.iter_rows():
                 yield Done(row["images"], row["errors"])
         except (ray.exceptions.RayError, RuntimeError) as error:
-            raise CflowError(reason(error)) from error
+            raise CflowError(why_failed(error)) from error

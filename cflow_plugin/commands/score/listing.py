@@ -39,7 +39,8 @@ def list_images(source: str) -> list[str]:
             return _from_table(source)
         found = [path]
     elif _MAGIC & set(source):
-        found = [Path(name) for name in glob.iglob(source, recursive=True) if Path(name).suffix.lower() in IMAGES]
+        names = glob.iglob(source, recursive=True)  # noqa: PTH207  the pattern may be absolute
+        found = [Path(name) for name in names if Path(name).suffix.lower() in IMAGES]
     else:
         message = (
             f"There is nothing at {source}: name a folder, a pattern such as 'line 3/**/*.png', or a Parquet file."

@@ -1,6 +1,6 @@
 """The folder of scores: parts that are written whole, once, and under names that say what is in them."""
 
-__all__ = ["Parts", "Row"]
+__all__ = ["Row", "ScoreTable"]
 
 import hashlib
 import json
@@ -42,8 +42,8 @@ class Row(NamedTuple):
     anomaly_map: bytes | None = None
 
 
-class Parts:
-    """A folder of Parquet parts.
+class ScoreTable:
+    """A folder of Parquet parts, to be read as one table.
 
     A part holds one batch of images and is named by a hash of their paths. It appears under that name only when it is
     complete, so a run that was killed leaves nothing behind that looks like a part, and a batch that is scored twice

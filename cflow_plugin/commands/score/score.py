@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cflow_plugin.commands.score.engines import score_here, score_on_ray
 from cflow_plugin.commands.score.listing import list_images
-from cflow_plugin.commands.score.parts import Parts
+from cflow_plugin.commands.score.parts import ScoreTable
 from cflow_plugin.commands.score.scorer import Settings
 from cflow_plugin.deploy.runtime import read_exported
 from cflow_plugin.errors import CflowError
@@ -62,9 +62,9 @@ def score(
     if engine == "local" and (address is not None or workers is not None):
         message = "--address and --workers are for --engine ray; the local engine uses --threads."
         raise CflowError(message)
-    read_exported(model)  # complains before anything is listed
+    read_exported(model)  # raises before anything is listed
     images = list_images(source)
-    parts = Parts(output, maps)
+    parts = ScoreTable(output, maps)
     settings = Settings(model.absolute(), Path.cwd(), maps, device, precision, threads)
     console = Console()
     with parts.opened({"model": _fingerprint(model), "precision": precision, "maps": maps}):
@@ -95,7 +95,8 @@ def score(
             spent = time.monotonic() - start
             logger.info("%d images in %.1f s, %.1f a second.", todo, spent, todo / spent)
             if errors:
-                logger.warning("%d images could not be scored; the column error says why.", errors)
+                what = "1 image" if errors == 1 else f"{errors} images"
+                logger.warning("%s could not be scored; the column error says why.", what)
     logger.info("Scores are in %s.", parts.folder)
     if todo == len(images) == errors:
         message = f"None of the {todo} images could be scored; the column error in {parts.folder} says why."

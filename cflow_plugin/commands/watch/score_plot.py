@@ -4,6 +4,7 @@ __all__ = ["plot_scores"]
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def plot_scores(
             label = None if number else "truly anomalous"
             axes.axvspan(times[first], ends[last], color="C3", alpha=0.15, linewidth=0, label=label)
     raw = "score" if smoothed is None else "score of the frame"
-    faint = {} if smoothed is None else {"alpha": 0.35, "linewidth": 0.8}
+    faint: dict[str, Any] = {} if smoothed is None else {"alpha": 0.35, "linewidth": 0.8}
     axes.plot(times, scores, color="C0", label=raw, **faint)
     if smoothed is not None:
         axes.plot(times, smoothed, color="C0", label="smoothed score")

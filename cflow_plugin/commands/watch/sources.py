@@ -1,6 +1,6 @@
 """Where images come from when there is no data set: a folder, a video or a camera."""
 
-__all__ = ["CameraLost", "Frame", "Source", "open_source"]
+__all__ = ["CameraLostError", "Frame", "Source", "open_source"]
 
 import logging
 import time
@@ -18,7 +18,7 @@ from cflow_plugin.images.reading import ImageFileError, read_image
 logger = logging.getLogger(__name__)
 
 
-class CameraLost(CflowError):
+class CameraLostError(CflowError):
     """A camera gives no more images."""
 
 
@@ -40,7 +40,7 @@ class Source(NamedTuple):
     """Images in their order.
 
     Attributes:
-        frames: The images, each read when it is asked for; a camera's have no end but :class:`CameraLost`.
+        frames: The images, each read when it is asked for; a camera's have no end but :class:`CameraLostError`.
         total: Their number, ``None`` where it is not known.
         is_film: Whether they are the frames of one video or camera, all of one size.
         rate: Frames a second where these are known to be evenly spaced.
@@ -106,7 +106,7 @@ def _film_frames(
         capture.release()
     if is_camera:
         message = f"Camera {source} gave no more images after {index}, which are scored. Check its cable; start again."
-        raise CameraLost(message)
+        raise CameraLostError(message)
     if total is not None and index < total:
         logger.warning("%s ends after %d frames, though its header speaks of %d.", source, index, total)
 

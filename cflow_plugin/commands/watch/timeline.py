@@ -4,7 +4,6 @@ __all__ = ["Smoother", "Truth", "frame_auroc", "intervals", "read_truth"]
 
 import csv
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +133,7 @@ def intervals(truth: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(end) - 1) for start, end in edges.reshape(-1, 2)]
 
 
-def frame_auroc(scores: Sequence[float], truth: NDArray[np.bool_]) -> float | None:
+def frame_auroc(scores: ArrayLike, truth: NDArray[np.bool_]) -> float | None:
     """Area under the ROC curve: how often an anomalous frame scores above a normal one, ties counting half.
 
     Args:

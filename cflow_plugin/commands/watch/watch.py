@@ -16,11 +16,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
 from cflow_plugin.commands.watch.score_plot import plot_scores
-from cflow_plugin.commands.watch.sources import CameraLost, open_source
+from cflow_plugin.commands.watch.sources import CameraLostError, open_source
 from cflow_plugin.commands.watch.timeline import Smoother, Truth, frame_auroc, read_truth
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
@@ -94,7 +93,7 @@ def watch(
     for name in (_TABLE, _FILM):
         _set_aside(output / name)
     unscored: list[str] = []
-    lost: CameraLost | None = None
+    lost: CameraLostError | None = None
     history = _History()
     speed = 0.0
     with ExitStack() as stack:
@@ -152,16 +151,15 @@ def watch(
                     break
         except KeyboardInterrupt:
             logger.info("Ended by the user.")
-        except CameraLost as error:
+        except CameraLostError as error:
             lost = error
     count = len(history.scores)
     if count:
         history.report(output, smoothing > 0, _ANOMALIB_THRESHOLD if threshold is None else threshold, known)
     logger.info("%d images, %.1f a second at last; results are in %s.", count, speed, output.resolve())
     if unscored:
-        message = (
-            f"{len(unscored)} images could not be scored ({', '.join(unscored[:3])}…); all others are in scores.csv."
-        )
+        what = "1 image" if len(unscored) == 1 else f"{len(unscored)} images"
+        message = f"{what} could not be scored ({', '.join(unscored[:3])}…); all others are in scores.csv."
         raise CflowError(message)
     if lost is not None:
         raise lost
@@ -180,26 +178,26 @@ class _History:
         self.smoothed = array("d")
 
     def add(self, frame: int, moment: float, score: float, smoothed: float) -> None:
-        for series, value in zip(
-            (self.frames, self.times, self.scores, self.smoothed), (frame, moment, score, smoothed), strict=True
-        ):
-            series.append(value)
+        self.frames.append(frame)
+        self.times.append(moment)
+        self.scores.append(score)
+        self.smoothed.append(smoothed)
 
     def report(self, output: Path, is_smoothed: bool, threshold: float, known: Truth | None) -> None:
         """Write the plot and, where the truth is known, the metrics."""
         truth = None if known is None else known.of(self.frames)
         smoothed = self.smoothed if is_smoothed else None
-        title = "" if known is None else self._measure(output, smoothed, truth, known.total)
+        title = "" if known is None else self._measure(output, smoothed, known)
         plot_scores(output / _PLOT, self.times, self.scores, smoothed, threshold, truth, title)
 
-    def _measure(
-        self, output: Path, smoothed: Sequence[float] | None, truth: NDArray[np.bool_], total: int | None
-    ) -> str:
+    def _measure(self, output: Path, smoothed: Sequence[float] | None, known: Truth) -> str:
         """Write the frame-level AUROC, and return it in words."""
-        judged = np.full(len(truth), True) if total is None else np.asarray(self.frames) < total
-        if not judged.all():
-            logger.warning("The ground truth ends at frame %d; later frames are left out of the AUROC.", total - 1)
-        truth = truth[judged]
+        frames = np.asarray(self.frames)
+        judged = np.full(len(frames), True) if known.total is None else frames < known.total
+        if known.total is not None and not judged.all():
+            last = known.total - 1
+            logger.warning("The ground truth ends at frame %d; later frames are left out of the AUROC.", last)
+        truth = known.of(frames[judged])
         metrics = {"frame_AUROC": frame_auroc(np.asarray(self.scores)[judged], truth)}
         if metrics["frame_AUROC"] is None:
             what = "nothing normal" if truth.any() else "no anomaly"
@@ -224,7 +222,7 @@ def _set_aside(path: Path) -> None:
 def _write(path: Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _, data = cv2.imencode(path.suffix, picture)
-    path.write_bytes(data)  # unlike NumPy's own writer it says when the disk is full
+    path.write_bytes(data.tobytes())  # unlike NumPy's own writer it says when the disk is full
 
 
 def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, score: float, anomalous: bool, rate: float) -> np.ndarray:
