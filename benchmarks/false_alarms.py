@@ -27,6 +27,7 @@ from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
 from jsonargparse import auto_cli
 from lightning import LightningDataModule, seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from rich import box
 from rich.progress import track
 from rich.table import Table
@@ -80,8 +81,10 @@ def main(
         ]
         for name, source in sources:
             normal, defective = _score(source, weights, seed, Path(folder) / "runs")
-            for rate in rates:
-                rows.append({"data": name, "asked": rate, **_compare(normal, defective, rate, checked, splits, seed)})
+            rows += [
+                {"data": name, "asked": rate, **_compare(normal, defective, rate, checked, splits, seed)}
+                for rate in rates
+            ]
     columns = ["data", "asked", "held out / checked"]
     for what in ("images", "masks"):
         columns += [f"{what}: false alarms", "inside binomial", "inside beta-binomial"]
@@ -105,17 +108,17 @@ def _score(source: LightningDataModule, weights: Path, seed: int, folder: Path) 
     """Train on half of the training images, and score all others: normal ones and defective ones."""
     source.val_split_mode = ValSplitMode.NONE
     source.prepare_data()
-    source.setup()
+    source.setup(TrainerFn.FITTING)  # a stage of this type is not set up again in the run
     seed_everything(seed, verbose=False)
     order = torch.randperm(len(source.train_data)).tolist()
     half = len(order) // 2
     left = source.train_data.subsample(sorted(order[half:]))
     source.train_data = source.train_data.subsample(sorted(order[:half]))
-    model = CflowPlugin(layers=["layer2", "layer3"], weights=str(weights), visualizer=False)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Engine(default_root_dir=folder, accelerator="cpu", limit_val_batches=0, **quiet).fit(
-        model, train_dataloaders=source.train_dataloader()
+    model = CflowPlugin(
+        layers=["layer2", "layer3"], weights=str(weights), target_false_alarm_rate=None, visualizer=False
     )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Engine(default_root_dir=folder, accelerator="cpu", limit_val_batches=0, **quiet).fit(model, datamodule=source)
     model.eval()
     sides: tuple[dict, dict] = ({}, {})
     for item in track([*left, *source.test_data], "Scoring", transient=True):

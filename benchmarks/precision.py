@@ -6,7 +6,6 @@ DATA holds one folder a category in MVTec AD's layout. For each category a model
 exported in full precision, FP16 and INT8; the test images go through OpenVINO with each and through ONNX Runtime.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def _compare(data: Path, weights: Path, category: str, layers: list[str], seed: 
         files = [] if path is None else path.parent.glob(f"{path.stem}.*")
         return {
             "runtime": runtime,
-            "file_mb": sum(os.path.getsize(file) for file in files) / 1e6,
+            "file_mb": sum(Path(file).stat().st_size for file in files) / 1e6,
             "image_AUROC": roc_auc_score(labels, found["pred_score"]),
             "pixel_AUROC": roc_auc_score(masks.ravel(), found["anomaly_map"].ravel()),
             "same": int((found["pred_label"] == expected["pred_label"]).sum()),

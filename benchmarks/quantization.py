@@ -37,7 +37,7 @@ def is_whitening(node: ov.Node) -> bool:
 
 def is_first_convolution(node: ov.Node) -> bool:
     """Whether an operation is the encoder's first convolution."""
-    return node.get_type_name() == "Convolution" and node.input_value(0).get_partial_shape()[1].get_length() == 3  # noqa: PLR2004
+    return node.get_type_name() == "Convolution" and node.input_value(0).get_partial_shape()[1].get_length() == 3
 
 
 def is_encoder(node: ov.Node) -> bool:

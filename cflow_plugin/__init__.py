@@ -2,6 +2,12 @@
 
 __all__ = ["CflowError", "CflowPlugin", "Spade", "__version__"]
 
+TYPE_CHECKING = False  # importing it takes its time, at every start of Python
+if TYPE_CHECKING:
+    from cflow_plugin.baselines.spade import Spade
+    from cflow_plugin.errors import CflowError
+    from cflow_plugin.training.lightning_model import CflowPlugin
+
 __version__ = "0.1.0"
 
 _MODULES = {

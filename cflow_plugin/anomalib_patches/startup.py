@@ -16,7 +16,6 @@ __all__ = ["install"]
 
 import os
 import sys
-import warnings
 
 # After this module of anomalib has been imported: what to import of ours, and the function to call in each, if any.
 _AFTER = {
@@ -46,6 +45,8 @@ class _Loader:
 
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
+        import warnings
+
         with warnings.catch_warnings():
             # anomalib and timm announce to each other what will change; a user can do nothing about it.
             warnings.simplefilter("ignore", FutureWarning)

@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = [name for name in _COMMANDS if name in arguments[:1]] or list(_COMMANDS)
     arguments = _with_shipped_configs(arguments)
     functions = {name: getattr(import_module(_COMMANDS[name]), name.replace("-", "_")) for name in wanted}
-    auto_cli(functions, args=arguments, as_positional=False, prog="cflow-plugin")
+    try:
+        auto_cli(functions, args=arguments, as_positional=False, prog="cflow-plugin")
+    except BrokenPipeError:  # of a pipe to `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _with_shipped_configs(arguments: list[str]) -> list[str]:

@@ -42,8 +42,8 @@ def score(
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
-        source: A folder, with all folders below it; a pattern such as ``'line 3/**/*.png'``, in quotes; or a Parquet file
-            (or a folder of them) with a column path, whose relative paths are relative to the working directory.
+        source: A folder, with all folders below it; a pattern such as ``'line 3/**/*.png'``, in quotes; or a Parquet
+            file (or a folder of them) with a column path; relative paths in it start at the working directory.
         output: Folder for the scores.
         maps: Add a column anomaly_map: the map as an 8-bit PNG, 255 for 1.
         engine: local uses this process; ray uses workers of a Ray cluster, and needs pip install "cflow-plugin[ray]".
