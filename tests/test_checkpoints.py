@@ -88,12 +88,13 @@ def test_other_settings_than_the_checkpoint_s(checkpoint, trained, textures, tmp
 
 
 def test_another_release(checkpoint, tmp_path, caplog):
-    made = torch.load(checkpoint, weights_only=True)["cflow_plugin_versions"]
+    noted = torch.load(checkpoint, weights_only=True)["cflow_plugin"]
+    made = noted["versions"]
     assert set(made) == {"anomalib", "cflow-plugin"}
     with caplog.at_level(logging.WARNING, logger="cflow_plugin.training.checkpoints"):
         CflowPlugin.load_from_checkpoint(checkpoint)
         assert not caplog.records
-        path = changed(checkpoint, tmp_path / "old.ckpt", cflow_plugin_versions={**made, "anomalib": "2.3.1"})
+        path = changed(checkpoint, tmp_path / "old.ckpt", cflow_plugin={**noted, "versions": {**made, "anomalib": "2.3.1"}})
         CflowPlugin.load_from_checkpoint(path)
     assert "made with anomalib 2.3.1" in caplog.text
 
