@@ -21,7 +21,7 @@ OURS = ("anomalib.cli.cli", "anomalib.engine", "anomalib.deploy", "cflow_plugin.
 OURS += ("cflow_plugin.commands.compare", "cflow_plugin.commands.benchmark", "cflow_plugin.commands.import_checkpoint")
 OURS += ("cflow_plugin.commands.make_scenes", "cflow_plugin.commands.monitor")
 OTHERS = ("torch", "torchvision", "torchmetrics", "lightning", "timm", "cv2", "pandas", "sklearn.metrics", "openvino")
-OTHERS += ("matplotlib.pyplot", "scipy.stats", "rich", "jsonargparse", "onnx", "kornia", "open_clip", "transformers")
+OTHERS += ("matplotlib.pyplot", "scipy.stats", "rich", "jsonargparse", "kornia", "omegaconf", "skimage.morphology")
 
 
 class WarmProcess:
