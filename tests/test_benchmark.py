@@ -57,11 +57,12 @@ def test_what_is_not_there_is_named():
     assert "f16" in unavailable(Candidate("encoder", "resnet18", 64, 1, "torch", "f16"))
 
 
+@pytest.mark.long
 def test_help_and_errors(tmp_path):
     out = run_command("cflow-plugin", "--help", cwd=tmp_path)
     assert "benchmark" in out
     assert "watch" in out
-    out = run_command("cflow-plugin", "benchmark", "--help", cwd=tmp_path)
+    out = run_command("cflow-plugin", "benchmark", "--help", cwd=tmp_path, fresh=True)
     assert "Devices that are not there are named" in " ".join(out.split())
     out = run_command("cflow-plugin", "watch", "--model", "no.xml", "--source", ".", cwd=tmp_path, expect=1)
     assert out.strip().splitlines()[-1].startswith("error: There is no exported model")

@@ -168,7 +168,7 @@ def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_pat
 @pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     command = [
-        Path(sys.executable).with_name("anomalib"), "train", "--model", "CflowPlugin", "--model.backbone", "gabor",
+        "anomalib", "train", "--model", "CflowPlugin", "--model.backbone", "gabor",
         "--model.layers", "[scale1]", "--model.image_size", "[64, 64]", "--model.coupling_blocks", "2",
         "--model.vectors_per_step", "64", "--model.epochs", "20", "--model.steps_per_epoch", "15",
         "--seed_everything", "3", "--data", "Textures", "--data.root", textures.root, "--data.resolution", "64",
@@ -180,7 +180,10 @@ def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
         folder.mkdir()
     run_command(*command, cwd=folders[0])
     with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=folders[1], stdout=log, stderr=log, start_new_session=True)
+        program = Path(sys.executable).with_name(command[0])
+        process = subprocess.Popen(
+            [program, *command[1:]], cwd=folders[1], stdout=log, stderr=log, start_new_session=True
+        )
         while process.poll() is None and not (found := list(folders[1].rglob("last.ckpt"))):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)

@@ -7,7 +7,8 @@ from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.deploy.graph import InferenceGraph, TrainingImages, convert_to_openvino
+from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino
+from cflow_plugin.deploy.quantization import TrainingImages
 
 from .conftest import QUICK, make_engine, run_command
 

@@ -207,6 +207,7 @@ def test_a_file_that_is_cut_off_is_named(name, tmp_path):
         read_image(root / "good" / name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_command_line_names_it_in_a_sentence(workers, tmp_path):
     root = folder_of_good(tmp_path)
@@ -289,6 +290,7 @@ def test_training_images_that_teach_little(kind, tmp_path):
     assert torch.isfinite(result.pred_score).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layout", "words"),
     [

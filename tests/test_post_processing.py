@@ -408,6 +408,7 @@ def test_another_rate_of_the_same_checkpoint(calibrated):
         CflowPlugin.load_from_checkpoint(checkpoint, target_false_alarm_rate=0.1, weights_only=False)
 
 
+@pytest.mark.long
 def test_exports_decide_alike(calibrated, data, tmp_path, monkeypatch):
     model, checkpoint = calibrated
     monkeypatch.chdir(tmp_path)
@@ -443,12 +444,14 @@ def test_exports_decide_alike(calibrated, data, tmp_path, monkeypatch):
     assert {"pred_score", "pred_label"} <= {output.name for output in session.get_outputs()}
 
 
+@pytest.mark.long
 def test_the_scores_survive_compression(calibrated, tmp_path):
     path = calibrated[0].to_openvino(tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8)
     assert len(read_reference_scores(path)) == 4
     assert ov.Core().read_model(path).inputs
 
 
+@pytest.mark.long
 def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
     model, _ = calibrated
     path = model.to_openvino(tmp_path, input_size=(64, 64))

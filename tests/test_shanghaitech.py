@@ -21,7 +21,7 @@ from cflow_plugin.commands.make_scenes import make_scenes
 from cflow_plugin.data import ShanghaiTechFrames
 from cflow_plugin.data.clips import compare_labels_with_masks, find_clips, read_mask
 from cflow_plugin.data.video_frames import extract_frames, extracted_frames
-from cflow_plugin.decisions.reference_images import HeldOutImages
+from cflow_plugin.decisions.reference_images import ReferenceImages
 
 from .conftest import ROOT, make_engine, run_command, run_in_small_space, sentence_of
 
@@ -125,6 +125,7 @@ def test_scenes_that_cannot_be_drawn(tmp_path, settings, words):
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["200k", "600k", "1200k"])  # full in training videos, in test clips, in masks
 def test_scenes_on_a_full_disk(tmp_path, size):
     program = os.path.join(os.path.dirname(sys.executable), "cflow-plugin")
@@ -149,6 +150,7 @@ def test_every_third_frame_is_extracted(root):
             assert min(differences) < 4
 
 
+@pytest.mark.long
 def test_extraction_goes_on_after_a_kill(tmp_path):
     videos = [tmp_path / f"01_{number:03d}.avi" for number in range(3)]
     for video in videos:
@@ -253,7 +255,7 @@ def test_nothing_of_the_test_frames_is_fitted_on_unless_asked(root):
 def test_thresholds_from_few_videos_are_warned_of(root, caplog, settings, rate, words):
     datamodule = make_scene(root, **settings)
     images = datamodule.train_dataloader()
-    HeldOutImages(0.2, None, may_choose_rate=False).take_from(images, datamodule, rate, 0, training_has_begun=False)
+    ReferenceImages(0.2, None, may_choose_rate=False).take_from(images, datamodule, rate, 0, training_has_begun=False)
     warnings = [record.message for record in caplog.records if "Frames of one video are alike" in record.message]
     assert (not warnings) if words is None else (words in warnings[0])
 
@@ -394,6 +396,7 @@ def test_train_a_scene(tmp_path):
     assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
 
 
+@pytest.mark.long
 def test_scene_13_ends_in_one_sentence(tmp_path):
     out = run_command(
         "anomalib", "train", "--model", "CflowPlugin", "--data", "ShanghaiTechFrames", "--data.scene", "13",

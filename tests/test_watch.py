@@ -153,6 +153,7 @@ def test_a_video_that_is_cut_off(exported, tmp_path, caplog):
     assert f"ends after {scored} frames, though its header speaks of 20" in caplog.text
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (320, 240))
     for image in np.random.default_rng(3).integers(0, 255, (10, 240, 320, 3), dtype=np.uint8):
