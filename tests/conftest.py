@@ -1,4 +1,7 @@
-"""What several test files share: small data, a quickly trained model, and where the real images and weights are."""
+"""What several test files share: small data, a quickly trained model, and where the real images and weights are.
+
+What takes long to import is imported in functions: the process that hands tests out to the workers needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from filelock import FileLock
+
+from .warm import OURS, WarmProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anomalib.engine import Engine
+
+    from cflow_plugin import CflowPlugin
+    from cflow_plugin.data import Textures
 
 # Two processes run the tests. If each computed in several threads, they would wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import numpy as np  # noqa: E402
-import openvino  # noqa: E402
-import openvino.opset13 as opset  # noqa: E402
-import psutil  # noqa: E402
-import pytest  # noqa: E402
-from anomalib.engine import Engine  # noqa: E402
-from filelock import FileLock  # noqa: E402
-from lightning import seed_everything  # noqa: E402
-
-from cflow_plugin import CflowPlugin  # noqa: E402
-from cflow_plugin.data import Textures  # noqa: E402
-
-from .warm import OURS, WarmProcess  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("CFLOW_SHARED", ROOT.parent / "shared"))
@@ -111,11 +114,15 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 def make_textures(root: Path, **settings: object) -> Textures:
+    from cflow_plugin.data import Textures
+
     few = {"resolution": 64, "train_good": 12, "test_good": 4, "test_defect": 1, "val_good": 2, "val_defect": 1}
     return Textures(**{"root": root, "train_batch_size": 4, "eval_batch_size": 4, **few, **settings})
 
 
 def make_engine(root: Path, **settings: object) -> Engine:
+    from anomalib.engine import Engine
+
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
     return Engine(default_root_dir=root, **{**quiet, **settings})
 
@@ -133,6 +140,10 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
 def checkpoint(textures: Textures, common: Path) -> Path:
     """The checkpoint that two short epochs of training wrote."""
 
+    from lightning import seed_everything
+
+    from cflow_plugin import CflowPlugin
+
     def train(folder: Path) -> None:
         seed_everything(0)
         make_engine(folder).fit(CflowPlugin(**QUICK, epochs=2, steps_per_epoch=5), datamodule=textures)
@@ -145,6 +156,8 @@ def checkpoint(textures: Textures, common: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(checkpoint: Path) -> CflowPlugin:
     """The trained model; not to be trained any further."""
+    from cflow_plugin import CflowPlugin
+
     return CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
@@ -163,6 +176,10 @@ def export(trained: CflowPlugin, common: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def export_blind_to_black(export: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model's file, changed so that an all-black image gets NaN and every other its own score."""
+    import numpy as np
+    import openvino
+    import openvino.opset13 as opset
+
     model = openvino.Core().read_model(export((64, 64)))
     brightness = opset.reduce_mean(model.input(0), np.array([0, 1, 2, 3]), keep_dims=False)
     [result] = [result for result in model.get_results() if "pred_score" in result.output(0).get_names()]

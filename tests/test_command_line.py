@@ -168,6 +168,32 @@ def test_benchmark(tmp_path):
     assert "CflowPlugin" in table.read_text()
 
 
+EACH_ALONE = """
+import os, sys
+from importlib import import_module
+
+import anomalib.deploy, anomalib.engine, cflow_plugin.data
+
+from cflow_plugin.commands.cli import _COMMANDS
+
+failed = []
+for module in _COMMANDS.values():
+    child = os.fork()
+    if child == 0:
+        import_module(module)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(module)
+        break
+sys.exit(f"cannot be imported first: {failed}" if failed else 0)
+"""
+
+
+@pytest.mark.long
+def test_each_command_can_be_imported_before_all_others(tmp_path):
+    run_command("python", "-c", EACH_ALONE, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_explain_themselves(path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [str(path), "--help"])

@@ -308,7 +308,7 @@ def test_damaged_contents(small, tmp_path, how, message):
 def test_weights_that_do_not_fit_together(small, tmp_path):
     content = small.content()
     content["decoder_state_dict"][0] |= {"module_list.1.subnet.2.bias": torch.zeros(3)}
-    with pytest.raises(CflowError, match="block 1 of decoder 1 .* do not fit together"):
+    with pytest.raises(CflowError, match=r"block 1 of decoder 1 .* do not fit together"):
         imported(content, tmp_path, "mobilenet_v3_large")
 
 
@@ -320,7 +320,7 @@ def test_another_encoder(small, tmp_path, encoder):
 
 def test_the_weights_of_another_encoder(small, tmp_path):
     content = small.content() | {"encoder_state_dict": torchvision.models.resnet18().state_dict()}
-    with pytest.raises(CflowError, match="lacks conv_stem.weight"):
+    with pytest.raises(CflowError, match=r"lacks conv_stem\.weight"):
         imported(content, tmp_path, "mobilenet_v3_large")
 
 

@@ -51,10 +51,13 @@ def test_images(suffix, tmp_path):
     @given(PLACES, VALUES, LENGTHS)
     def check(where, what, length):
         path.write_bytes(damage(whole.getvalue(), where, what, length))
+        complaint = None
         try:
             image = read_image(path)
         except CflowError as error:
-            assert str(path) in str(error)
+            complaint = str(error)
+        if complaint is not None:
+            assert str(path) in complaint
             assert unreadable([path])
             return
         assert image.dtype == np.uint8
@@ -104,10 +107,12 @@ def test_other_files(name, files, tmp_path, caplog):
     @given(PLACES, VALUES, LENGTHS)
     def check(where, what, length):
         path.write_bytes(damage(whole, where, what, length))
+        complaint = None
         try:
             LOADERS[name](path)
         except CflowError as error:
-            assert len(str(error)) > 20
+            complaint = str(error)
+        assert complaint is None or len(complaint) > 20
 
     check()
 

@@ -48,10 +48,8 @@ def read(folder: Path) -> pd.DataFrame:
 
 def test_scores_are_those_of_anomalib(exported, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
-    main(
-        ["score", "--model", str(exported), "--source", str(pictures), "--output", str(tmp_path / "out")]
-        + ["--batch", "3", "--maps", "true"]
-    )
+    command = ["score", "--model", str(exported), "--source", str(pictures), "--output", str(tmp_path / "out")]
+    main([*command, "--batch", "3", "--maps", "true"])
     table = read(tmp_path / "out")
     assert set(table.index) == {str(path) for path in pictures.rglob("*.*")}
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 3

@@ -323,7 +323,7 @@ def test_torch_export(spade, textures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_graphs_are_refused(spade, tmp_path, kind):
-    with pytest.raises(CflowError, match="gallery of training features.*--export_type torch"):
+    with pytest.raises(CflowError, match=r"gallery of training features.*--export_type torch"):
         getattr(spade, f"to_{kind}")(tmp_path, input_size=(64, 64))
     assert not list(tmp_path.iterdir())
 

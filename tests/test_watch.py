@@ -208,11 +208,9 @@ def test_what_cannot_be_watched(exported, tmp_path, model, source, words):
 @pytest.mark.parametrize("file", ["truth.npy", "truth.csv"])
 def test_a_clip_with_its_truth(exported, clip, tmp_path, file):
     folder, truth = clip
-    main(
-        ["watch", "--model", str(exported), "--source", str(folder), "--output", str(tmp_path / "out")]
-        + ["--overlays", "false", "--frame_rate", "10", "--smoothing", "0.2", "--threshold", "0.4"]
-        + ["--truth", str(tmp_path / file)]
-    )
+    command = ["watch", "--model", str(exported), "--source", str(folder), "--output", str(tmp_path / "out")]
+    command += ["--overlays", "false", "--frame_rate", "10", "--smoothing", "0.2", "--threshold", "0.4"]
+    main([*command, "--truth", str(tmp_path / file)])
     rows = read_scores(tmp_path / "out")
     assert list(rows) == [f"{number}.png" for number in range(12)]
     assert [int(row["frame"]) for row in rows.values()] == list(range(12))
@@ -249,7 +247,7 @@ def test_an_unreadable_frame_keeps_its_number(exported, clip, tmp_path):
 
 def test_truth_of_another_clip(exported, clip, tmp_path):
     np.save(tmp_path / "truth.npy", np.zeros(13))
-    with pytest.raises(CflowError, match="13 frames, but .* 12 images"):
+    with pytest.raises(CflowError, match=r"13 frames, but .* 12 images"):
         watch(exported, str(clip[0]), tmp_path / "out", truth=tmp_path / "truth.npy")
     assert not (tmp_path / "out").exists()
 
