@@ -163,12 +163,12 @@ def trained(checkpoint: Path) -> CflowPlugin:
 
 @pytest.fixture(scope="session")
 def export(trained: CflowPlugin, common: Path) -> Callable[..., Path]:
-    """``export((64, 64))`` and ``export(None)`` give the trained model's OpenVINO file, each made once."""
+    """``export((64, 64))``, ``export(None, "onnx")``: the trained model's file, each made once, since it takes seconds."""
 
-    def export(input_size: tuple[int, int] | None) -> Path:
-        folder = common / f"exported for {input_size}"
-        once(folder, lambda passing: trained.to_openvino(passing, input_size=input_size))
-        return next(folder.rglob("model.xml"))
+    def export(input_size: tuple[int, int] | None, kind: str = "openvino") -> Path:
+        folder = common / f"{kind} {input_size}"
+        once(folder, lambda passing: getattr(trained, f"to_{kind}")(passing, input_size=input_size))
+        return next(folder.rglob("model.xml" if kind == "openvino" else "model.onnx"))
 
     return functools.cache(export)
 

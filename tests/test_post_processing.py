@@ -66,6 +66,12 @@ def calibrated(data, tmp_path_factory):
     return model.eval(), next(folder.rglob("model.ckpt"))
 
 
+@pytest.fixture(scope="module")
+def calibrated_export(calibrated, tmp_path_factory):
+    """Its OpenVINO file."""
+    return calibrated[0].to_openvino(tmp_path_factory.mktemp("calibrated export"), input_size=(64, 64))
+
+
 def post_processor_for(scores, maxima, rate):
     post_processor = ConformalPostProcessor(rate)
     post_processor.calibrate(torch.as_tensor(scores), torch.as_tensor(maxima))
@@ -409,12 +415,12 @@ def test_another_rate_of_the_same_checkpoint(calibrated):
 
 
 @pytest.mark.long
-def test_exports_decide_alike(calibrated, data, tmp_path, monkeypatch):
+def test_exports_decide_alike(calibrated, calibrated_export, data, tmp_path, monkeypatch):
     model, checkpoint = calibrated
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     files = {
-        "openvino": model.to_openvino(tmp_path, input_size=(64, 64)),
+        "openvino": calibrated_export,
         "onnx": model.to_onnx(tmp_path, input_size=(64, 64)),
         "torch": model.to_torch(tmp_path),
     }
@@ -452,9 +458,8 @@ def test_the_scores_survive_compression(calibrated, tmp_path):
 
 
 @pytest.mark.long
-def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
-    model, _ = calibrated
-    path = model.to_openvino(tmp_path, input_size=(64, 64))
+def test_an_exported_model_watches_and_monitors(calibrated, calibrated_export, data, tmp_path):
+    (model, _), path = calibrated, calibrated_export
     good = data.root / data.category / "test" / "good"
     watch(path, str(good), tmp_path / "watched", overlays=False)
     with (tmp_path / "watched/scores.csv").open() as file:
@@ -471,9 +476,10 @@ def test_an_exported_model_watches_and_monitors(calibrated, data, tmp_path):
     assert verdicts[0]["reference_images"] == 4
 
 
-def test_a_model_without_a_rate_exports_no_scores(trained, export, tmp_path):
+@pytest.mark.long
+def test_a_model_without_a_rate_exports_no_scores(export):
     assert read_reference_scores(export((64, 64))) is None
-    assert read_reference_scores(trained.to_onnx(tmp_path, input_size=(64, 64))) is None
+    assert read_reference_scores(export(None, "onnx")) is None
 
 
 # Resuming

@@ -22,7 +22,9 @@ from cflow_plugin.data.textures import draw
 from .conftest import run_command
 
 
-@pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((64, 64), marks=pytest.mark.long), None], ids=["fixed", "any size"]
+)
 def exported(request, export):
     return export(request.param)
 
@@ -180,11 +182,12 @@ def test_a_batch_that_comes_twice_is_one_part(tmp_path):
     assert parts.missing(["0", "a", "b", "c"], 2) == [["0"], ["c"]]
 
 
-def test_folders_of_other_scores_are_refused(exported, trained, pictures, tmp_path):
+@pytest.mark.long
+def test_folders_of_other_scores_are_refused(exported, export, pictures, tmp_path):
     score(exported, str(pictures / "0.BMP"), tmp_path / "out")
     with pytest.raises(CflowError, match="made with another maps"):
         score(exported, str(pictures), tmp_path / "out", maps=True)
-    another = trained.to_openvino(tmp_path / "another", input_size=(96, 96))
+    another = export((96, 160))
     with pytest.raises(CflowError, match="made with another model"):
         score(another, str(pictures), tmp_path / "out")
     assert len(read(tmp_path / "out")) == 1

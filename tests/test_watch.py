@@ -22,7 +22,9 @@ from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.data.textures import draw
 
 
-@pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((64, 64), marks=pytest.mark.long), None], ids=["fixed", "any size"]
+)
 def exported(request, export):
     return export(request.param)
 
