@@ -163,7 +163,7 @@ def trained(checkpoint: Path) -> CflowPlugin:
 
 @pytest.fixture(scope="session")
 def export(trained: CflowPlugin, common: Path) -> Callable[..., Path]:
-    """``export((64, 64))``, ``export(None, "onnx")``: the trained model's file, each made once, since it takes seconds."""
+    """``export((64, 64))`` or ``export(None, "onnx")``: the trained model's file, made once, since it takes seconds."""
 
     def export(input_size: tuple[int, int] | None, kind: str = "openvino") -> Path:
         folder = common / f"{kind} {input_size}"

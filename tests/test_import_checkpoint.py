@@ -144,17 +144,17 @@ def in_openvino(model, images):
     return [results[index] for index in range(len(results))]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        pytest.param("mobilenet_v3_large", {}, marks=pytest.mark.long),
-        ("mobilenet_v3_large", {"soft": False, "scales": 1, "blocks": 3}),
-        ("mobilenet_v3_large", {"condition_dims": 0, "scales": 2, "blocks": 1}),
-        pytest.param("resnet18", {"blocks": 1}, marks=pytest.mark.long),
-        ("resnet18", {"soft": False, "scales": 1, "blocks": 1}),
-        pytest.param("wide_resnet50_2", {"soft": False, "scales": 1, "blocks": 1}, marks=pytest.mark.long),
-    ],
-)
+MODELS = [
+    pytest.param("mobilenet_v3_large", {}, marks=pytest.mark.long),
+    ("mobilenet_v3_large", {"soft": False, "scales": 1, "blocks": 3}),
+    pytest.param("mobilenet_v3_large", {"condition_dims": 0, "scales": 2, "blocks": 1}, marks=pytest.mark.long),
+    pytest.param("resnet18", {"blocks": 1}, marks=pytest.mark.long),
+    ("resnet18", {"soft": False, "scales": 1, "blocks": 1}),
+    pytest.param("wide_resnet50_2", {"soft": False, "scales": 1, "blocks": 1}, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), MODELS)
 def test_log_likelihoods(tmp_path, name, settings):
     original = Original(name, **settings)
     model = imported(original.content(), tmp_path, name)
@@ -164,12 +164,21 @@ def test_log_likelihoods(tmp_path, name, settings):
     with torch.no_grad():
         assert_equal(model.model.train().log_likelihoods(images), expected, 1e-4)
         assert_equal(model.model.eval().log_likelihoods(images), expected, 1e-4)
-        model.model.calibrate(model.model.log_likelihoods(images))
-    assert_equal(in_openvino(model, images), expected, 1e-4)
     # No constant hides behind the tolerance of float32.
     expected = original.double().log_likelihoods(images.double())
     with torch.no_grad():
         assert_equal(model.model.double().log_likelihoods(images.double()), expected, 2e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "settings"), MODELS)
+def test_log_likelihoods_in_openvino(tmp_path, name, settings):
+    original = Original(name, **settings)
+    model = imported(original.content(), tmp_path, name)
+    images = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        model.model.calibrate(model.model.log_likelihoods(images))
+    assert_equal(in_openvino(model, images), original.log_likelihoods(images), 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +227,11 @@ def test_without_images_it_does_not_score(small, tmp_path):
 @pytest.mark.parametrize(
     ("name", "size", "mean"),
     [
-        (NAME.format("mobilenet_v3_large").replace("inp64", "inp96"), (96, 96), 0.485),
+        pytest.param(
+            NAME.format("mobilenet_v3_large").replace("inp64", "inp96"), (96, 96), 0.485, marks=pytest.mark.long
+        ),
         ("stc_mobilenet_v3_large_freia-cflow_pl1_cb2_inp64_run0_01.pt", (64, 64), 0.5),
-        ("renamed.pt", (256, 256), 0.485),
+        pytest.param("renamed.pt", (256, 256), 0.485, marks=pytest.mark.long),
     ],
 )
 def test_what_the_file_s_name_says(small, tmp_path, name, size, mean):
@@ -231,6 +242,7 @@ def test_what_the_file_s_name_says(small, tmp_path, name, size, mean):
     assert normalised.mean[0] == mean
 
 
+@pytest.mark.long
 def test_a_default_model_becomes_the_imported_one(small, tmp_path, good, textures):
     """Nothing of the checkpoint's settings has to be repeated to use it."""
     expected = imported(small.content(), tmp_path, "mobilenet_v3_large", images=good)

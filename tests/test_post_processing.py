@@ -113,7 +113,7 @@ def test_what_is_no_rate_is_refused(rate):
 def test_the_realised_rate_is_the_asked_one(images, rate):
     """Over many draws of held-out and new images the rate is the asked one, and scatters as the theory says."""
     generator = np.random.default_rng(images)
-    draws, new = 2000, 50
+    draws, new = 600, 50
     held_out = torch.from_numpy(generator.beta(3, 5, (draws, images)))
     scores = torch.from_numpy(generator.beta(3, 5, (draws, new)))
     alarms = []
@@ -310,11 +310,11 @@ GOOD_ONLY = {"val_split_mode": ValSplitMode.FROM_TRAIN}
     ("settings", "held_out", "trained_on"),
     [
         ({"train_good": 40, "val_split_mode": ValSplitMode.SAME_AS_TEST}, 19, 21),
-        ({"train_good": 40, "val_split_mode": ValSplitMode.NONE}, 19, 21),
+        pytest.param({"train_good": 40, "val_split_mode": ValSplitMode.NONE}, 19, 21, marks=pytest.mark.long),
         ({"train_good": 40, "val_split_mode": ValSplitMode.FROM_DIR}, 0, 40),
         # Validation images, all good: enough of them, and too few.
-        ({"train_good": 40, **GOOD_ONLY, "val_split_ratio": 0.5}, 20, 20),
-        ({"train_good": 45, **GOOD_ONLY, "val_split_ratio": 0.1}, 19, 22),
+        pytest.param({"train_good": 40, **GOOD_ONLY, "val_split_ratio": 0.5}, 20, 20, marks=pytest.mark.long),
+        pytest.param({"train_good": 45, **GOOD_ONLY, "val_split_ratio": 0.1}, 19, 22, marks=pytest.mark.long),
     ],
     ids=["validation is the test", "no validation", "defects to validate on", "good ones", "few good ones"],
 )
