@@ -213,11 +213,11 @@ def run_command(
     variables = {**os.environ, "COLUMNS": "200", **environment}
     if not fresh and command[0] in {"anomalib", "cflow-plugin"}:
         with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-            status = warm_process().run(full, cwd, variables, Path(log.name), timeout=280)
+            status = warm_process().run(full, cwd, variables, Path(log.name))
             out = log.read()
     else:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        finished = subprocess.run(full, cwd=cwd, env=variables, **pipes, text=True, timeout=280)
+        finished = subprocess.run(full, cwd=cwd, env=variables, **pipes, text=True)
         status, out = finished.returncode, finished.stdout
     if expect is not None:
         assert status == expect, out[-4000:]

@@ -12,6 +12,7 @@ from .conftest import run_command
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_command(tmp_path):
     config = {
         "models": ["CflowPlugin"],

@@ -49,6 +49,7 @@ def config_file(folder: Path, **settings: object) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_command(tmp_path):
     name = config_file(tmp_path, seeds=[0, 1])
     both = yaml.safe_load((tmp_path / name).read_text())

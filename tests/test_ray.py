@@ -15,7 +15,7 @@ from .test_comparison import config_file
 from .test_score import draw_pictures, read
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "cflow-plugin[ray]"')
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("ray")]  # one cluster at a time
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("ray")]  # one cluster at a time
 
 _NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 

@@ -24,7 +24,7 @@ def warm_python(others, tmp_path):
     def run(code):
         names = "sorted({name.split('.')[0] for name in sys.modules} & {'anomalib', 'cflow_plugin'})"
         code = f"import sys\nprint({names})\n{code}"
-        status = others.run(["-c", code], tmp_path, {**os.environ}, tmp_path / "log.txt", timeout=120)
+        status = others.run(["-c", code], tmp_path, {**os.environ}, tmp_path / "log.txt")
         out = (tmp_path / "log.txt").read_text()
         assert "['cflow_plugin']\n" in out, "anomalib must not be imported yet"  # startup.py is
         return status, out.strip()

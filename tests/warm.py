@@ -35,10 +35,19 @@ class WarmProcess:
         command = [sys.executable, __file__, *modules]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, command: list[str], cwd: Path, environment: dict[str, str], log: Path, timeout: float) -> int:
+    def run(self, command: list[str], cwd: Path, environment: dict[str, str], log: Path) -> int:
         """Run a Python program's file (or ``-c`` and code) in a copy, and return its exit status."""
-        request = {"command": command, "cwd": str(cwd), "environment": environment, "log": str(log), "limit": timeout}
+        request = {"command": command, "cwd": str(cwd), "environment": environment, "log": str(log)}
         print(json.dumps(request), file=self._process.stdin, flush=True)
+        copy = self._answer()
+        try:
+            return self._answer()
+        except BaseException:  # the test has run out of time
+            os.killpg(copy, signal.SIGKILL)
+            self._answer()
+            raise
+
+    def _answer(self) -> int:
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("the process that commands are copied from has died")
@@ -60,11 +69,8 @@ def _serve(modules: list[str]) -> None:
         child = os.fork()
         if child == 0:
             return _become(request)
-        signal.signal(signal.SIGALRM, lambda *_, child=child: os.killpg(child, signal.SIGKILL))
-        signal.alarm(int(request["limit"]))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        signal.alarm(0)
-        print(status, file=answers, flush=True)
+        print(child, file=answers, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
 def _become(request: dict) -> None:
