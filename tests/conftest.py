@@ -1,28 +1,38 @@
-"""What several test files share: small data, a quickly trained model, and where the real images and weights are."""
+"""What several test files share: small data, a quickly trained model, and where the real images and weights are.
+
+What takes long to import is imported in functions: the process that hands tests out to the workers needs none of it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from filelock import FileLock
+
+from .warm import OURS, WarmProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anomalib.engine import Engine
+
+    from cflow_plugin import CflowPlugin
+    from cflow_plugin.data import Textures
 
 # Two processes run the tests. If each computed in several threads, they would wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import numpy as np  # noqa: E402
-import openvino  # noqa: E402
-import openvino.opset13 as opset  # noqa: E402
-import pytest  # noqa: E402
-from anomalib.engine import Engine  # noqa: E402
-from lightning import seed_everything  # noqa: E402
-
-from cflow_plugin import CflowPlugin  # noqa: E402
-from cflow_plugin.data import Textures  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("CFLOW_SHARED", ROOT.parent / "shared"))
@@ -47,12 +57,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+# Memory: two workers have to fit beside each other, with what they start.
+
+HIGH = 1.5 * 2**30  # bytes
+peaks = pytest.StashKey[dict[str, float]]()
+
+
+def give_memory_back() -> None:
+    """Let go of what is no longer referred to; the C library would keep it."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and psutil.Process().memory_info().rss > HIGH:
+        give_memory_back()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if warm_process.cache_info().currsize:
+        warm_process().close()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash.setdefault(peaks, {})[node.gateway.id] = node.workeroutput.get("peak_memory", float("nan"))
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    for worker, peak in sorted(config.stash.get(peaks, {}).items()):
+        terminalreporter.write_line(f"{worker}: {peak:.2f} GiB of memory at most")
+
+
+# What is made once
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder of the common one, filled by the first worker that needs it."""
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            partial = folder.with_name(f".{folder.name}.partial")
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 def make_textures(root: Path, **settings: object) -> Textures:
+    from cflow_plugin.data import Textures
+
     few = {"resolution": 64, "train_good": 12, "test_good": 4, "test_defect": 1, "val_good": 2, "val_defect": 1}
     return Textures(**{"root": root, "train_batch_size": 4, "eval_batch_size": 4, **few, **settings})
 
 
 def make_engine(root: Path, **settings: object) -> Engine:
+    from anomalib.engine import Engine
+
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
     return Engine(default_root_dir=root, **{**quiet, **settings})
 
@@ -67,25 +137,49 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
 
 
 @pytest.fixture(scope="session")
-def trained(textures: Textures, tmp_path_factory: pytest.TempPathFactory) -> CflowPlugin:
-    """A model trained for two short epochs; not to be trained any further."""
-    seed_everything(0)
-    model = CflowPlugin(**QUICK, epochs=2, steps_per_epoch=5)
-    make_engine(tmp_path_factory.mktemp("trained")).fit(model, datamodule=textures)
-    return model.eval()
+def checkpoint(textures: Textures, common: Path) -> Path:
+    """The checkpoint that two short epochs of training wrote."""
+
+    from lightning import seed_everything
+
+    from cflow_plugin import CflowPlugin
+
+    def train(folder: Path) -> None:
+        seed_everything(0)
+        make_engine(folder).fit(CflowPlugin(**QUICK, epochs=2, steps_per_epoch=5), datamodule=textures)
+        [written] = {path.resolve() for path in folder.rglob("model.ckpt")}
+        written.rename(folder / "model.ckpt")
+
+    return once(common / "trained", train) / "model.ckpt"
 
 
 @pytest.fixture(scope="session")
-def export(trained: CflowPlugin, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``export((64, 64))`` and ``export(None)`` give the trained model's OpenVINO file, each made once."""
-    return functools.cache(
-        lambda input_size: trained.to_openvino(tmp_path_factory.mktemp("exported"), input_size=input_size)
-    )
+def trained(checkpoint: Path) -> CflowPlugin:
+    """The trained model; not to be trained any further."""
+    from cflow_plugin import CflowPlugin
+
+    return CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+
+
+@pytest.fixture(scope="session")
+def export(trained: CflowPlugin, common: Path) -> Callable[..., Path]:
+    """``export((64, 64))`` or ``export(None, "onnx")``: the trained model's file, made once, since it takes seconds."""
+
+    def export(input_size: tuple[int, int] | None, kind: str = "openvino") -> Path:
+        folder = common / f"{kind} {input_size}"
+        once(folder, lambda passing: getattr(trained, f"to_{kind}")(passing, input_size=input_size))
+        return next(folder.rglob("model.xml" if kind == "openvino" else "model.onnx"))
+
+    return functools.cache(export)
 
 
 @pytest.fixture(scope="session")
 def export_blind_to_black(export: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model's file, changed so that an all-black image gets NaN and every other its own score."""
+    import numpy as np
+    import openvino
+    import openvino.opset13 as opset
+
     model = openvino.Core().read_model(export((64, 64)))
     brightness = opset.reduce_mean(model.input(0), np.array([0, 1, 2, 3]), keep_dims=False)
     [result] = [result for result in model.get_results() if "pred_score" in result.output(0).get_names()]
@@ -97,32 +191,37 @@ def export_blind_to_black(export: Callable[..., Path], tmp_path_factory: pytest.
     return path
 
 
-@pytest.fixture(scope="session")
-def checkpoint(trained: CflowPlugin, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model's checkpoint, as training writes it."""
-    path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
-    engine = make_engine(path.parent)
-    engine._setup_trainer(trained)
-    engine.trainer.strategy.connect(trained)
-    engine.trainer.save_checkpoint(path, weights_only=True)
-    return path
+@functools.cache
+def warm_process() -> WarmProcess:
+    return WarmProcess(OURS)
 
 
-def run_command(*command: str | Path, cwd: Path, expect: int | None = 0, **environment: str) -> str:
-    """Run a program of this environment as a user would, and return what it printed."""
+def run_command(
+    *command: str | Path, cwd: Path, expect: int | None = 0, fresh: bool = False, **environment: str
+) -> str:
+    """Run a program of this environment as a user would, and return what it printed.
+
+    Args:
+        command: The program and its arguments.
+        cwd: Folder to run it in.
+        expect: Exit status, if it matters.
+        fresh: In a process of its own from the start, and not in a copy of one that has its imports behind it.
+        environment: More environment variables.
+    """
     program = Path(sys.executable).parent / command[0]
-    finished = subprocess.run(
-        [program, *map(str, command[1:])],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
+    full = [str(program), *map(str, command[1:])]
+    variables = {**os.environ, "COLUMNS": "200", **environment}
+    if not fresh and command[0] in {"anomalib", "cflow-plugin"}:
+        with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+            status = warm_process().run(full, cwd, variables, Path(log.name))
+            out = log.read()
+    else:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        finished = subprocess.run(full, cwd=cwd, env=variables, **pipes, text=True)
+        status, out = finished.returncode, finished.stdout
     if expect is not None:
-        assert finished.returncode == expect, finished.stdout[-4000:]
-    return finished.stdout
+        assert status == expect, out[-4000:]
+    return out
 
 
 def run_in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:

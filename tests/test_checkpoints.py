@@ -88,12 +88,15 @@ def test_other_settings_than_the_checkpoint_s(checkpoint, trained, textures, tmp
 
 
 def test_another_release(checkpoint, tmp_path, caplog):
-    made = torch.load(checkpoint, weights_only=True)["cflow_plugin_versions"]
+    noted = torch.load(checkpoint, weights_only=True)["cflow_plugin"]
+    made = noted["versions"]
     assert set(made) == {"anomalib", "cflow-plugin"}
     with caplog.at_level(logging.WARNING, logger="cflow_plugin.training.checkpoints"):
         CflowPlugin.load_from_checkpoint(checkpoint)
         assert not caplog.records
-        path = changed(checkpoint, tmp_path / "old.ckpt", cflow_plugin_versions={**made, "anomalib": "2.3.1"})
+        path = changed(
+            checkpoint, tmp_path / "old.ckpt", cflow_plugin={**noted, "versions": {**made, "anomalib": "2.3.1"}}
+        )
         CflowPlugin.load_from_checkpoint(path)
     assert "made with anomalib 2.3.1" in caplog.text
 
@@ -111,22 +114,31 @@ def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         files.save_checkpoint({"state": torch.ones(3)}, path)
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_replacing_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match="enough"), atomic_file(tmp_path / "file") as passing:
-        passing.write_text("half")
-        raise ValueError("enough")
+    def write_half():
+        with atomic_file(tmp_path / "file") as passing:
+            passing.write_text("half")
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        write_half()
     assert not list(tmp_path.iterdir())
 
 
 def test_files_that_belong_together_arrive_together(tmp_path):
     (tmp_path / "model.xml").write_text("old")
     (tmp_path / "model.bin").write_text("old")
-    with pytest.raises(ValueError, match="enough"), atomic_folder(tmp_path, "model.xml") as passing:
-        (passing / "model.bin").write_text("half")
-        raise ValueError("enough")
+
+    def write_half():
+        with atomic_folder(tmp_path, "model.xml") as passing:
+            (passing / "model.bin").write_text("half")
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        write_half()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.xml": "old", "model.bin": "old"}
     (tmp_path / ".model.xml.0.partial").mkdir()  # a killed run's
     seen = []
@@ -167,7 +179,7 @@ def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_pat
 @pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     command = [
-        Path(sys.executable).with_name("anomalib"), "train", "--model", "CflowPlugin", "--model.backbone", "gabor",
+        "anomalib", "train", "--model", "CflowPlugin", "--model.backbone", "gabor",
         "--model.layers", "[scale1]", "--model.image_size", "[64, 64]", "--model.coupling_blocks", "2",
         "--model.vectors_per_step", "64", "--model.epochs", "20", "--model.steps_per_epoch", "15",
         "--seed_everything", "3", "--data", "Textures", "--data.root", textures.root, "--data.resolution", "64",
@@ -179,7 +191,10 @@ def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
         folder.mkdir()
     run_command(*command, cwd=folders[0])
     with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=folders[1], stdout=log, stderr=log, start_new_session=True)
+        program = Path(sys.executable).with_name(command[0])
+        process = subprocess.Popen(
+            [program, *command[1:]], cwd=folders[1], stdout=log, stderr=log, start_new_session=True
+        )
         while process.poll() is None and not (found := list(folders[1].rglob("last.ckpt"))):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
@@ -253,7 +268,7 @@ def test_a_run_resumed_after_its_last_epoch_leaves_a_model(textures, tmp_path):
 
 @pytest.mark.long
 def test_a_full_disk_ends_training_in_asentence_of(textures, tmp_path):
-    program = os.path.join(os.path.dirname(sys.executable), "anomalib")
+    program = Path(sys.executable).with_name("anomalib")
     result = run_in_small_space(
         tmp_path, "400k",
         [program, "train", "--model", "CflowPlugin", "--model.backbone", "gabor", "--model.epochs", "1",
@@ -268,7 +283,7 @@ def test_a_full_disk_ends_training_in_asentence_of(textures, tmp_path):
 @pytest.mark.long
 def test_a_folder_that_cannot_be_written_to(textures, tmp_path):
     """Read-only for everybody, root too."""
-    program = os.path.join(os.path.dirname(sys.executable), "anomalib")
+    program = Path(sys.executable).with_name("anomalib")
     result = run_in_small_space(
         tmp_path, "400k",
         ["sh", "-c", "mount -o remount,ro . && exec \"$@\"", "sh", program, "train", "--model", "CflowPlugin",

@@ -29,14 +29,16 @@ def name_of(path):
     return str(path.relative_to(ROOT / "configs"))
 
 
-@pytest.fixture
-def parse(monkeypatch):
-    """anomalib's own command line, without building what was asked for."""
-    monkeypatch.setattr(AnomalibCLI, "before_instantiate_classes", lambda self: None)
-    monkeypatch.setattr(AnomalibCLI, "instantiate_classes", lambda self: None)
+@pytest.fixture(scope="module")
+def parse():
+    """anomalib's own command line, without building what was asked for; its parser takes a second to build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnomalibCLI, "before_instantiate_classes", lambda self: None)
+        patch.setattr(AnomalibCLI, "instantiate_classes", lambda self: None)
+        parser = AnomalibCLI(args=["train", "--model", "CflowPlugin", "--data", "Textures"], run=False).parser
 
     def parse(*arguments):
-        return AnomalibCLI(args=["train", *map(str, arguments)], run=False).config["train"]
+        return parser.parse_args(["train", *map(str, arguments)])["train"]
 
     return parse
 
@@ -130,7 +132,7 @@ def test_short_and_full_name(parse, name):
 def test_train_test_and_predict(tmp_path):
     model = ["--model", "CflowPlugin", *QUICK, *CPU]
     data = ["--data", "Textures", *FEW]
-    out = run_command("anomalib", "train", *model, *data, cwd=tmp_path)
+    out = run_command("anomalib", "train", *model, *data, cwd=tmp_path, fresh=True)
     assert "image_AUROC" in out
     results = tmp_path / "results/CflowPlugin/Textures/weave/latest"
     metrics = json.loads((results / "metrics.json").read_text())
@@ -168,6 +170,32 @@ def test_benchmark(tmp_path):
     assert "CflowPlugin" in table.read_text()
 
 
+EACH_ALONE = """
+import os, sys
+from importlib import import_module
+
+import anomalib.deploy, anomalib.engine, cflow_plugin.data
+
+from cflow_plugin.commands.cli import _COMMANDS
+
+failed = []
+for module in _COMMANDS.values():
+    child = os.fork()
+    if child == 0:
+        import_module(module)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(module)
+        break
+sys.exit(f"cannot be imported first: {failed}" if failed else 0)
+"""
+
+
+@pytest.mark.long
+def test_each_command_can_be_imported_before_all_others(tmp_path):
+    run_command("python", "-c", EACH_ALONE, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_explain_themselves(path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [str(path), "--help"])
@@ -180,6 +208,7 @@ def test_benchmarks_explain_themselves(path, capsys, monkeypatch):
     assert "No help" not in out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -195,7 +224,9 @@ def test_errors_are_one_sentence(tmp_path, arguments, words):
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
     }
-    out = run_command("anomalib", "train", "--model", "CflowPlugin", *arguments, cwd=tmp_path, expect=1, **offline)
+    command = ["anomalib", "train", "--model", "CflowPlugin", *arguments]
+    # The hub's settings are read when its library is imported.
+    out = run_command(*command, cwd=tmp_path, expect=1, fresh="fetched" in words[0], **offline)
     assert "Traceback" not in out
     last = out.strip().splitlines()[-1]
     assert last.startswith("error: ")

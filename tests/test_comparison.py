@@ -49,13 +49,15 @@ def config_file(folder: Path, **settings: object) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_command(tmp_path):
-    out = run_command("cflow-plugin", "compare", "--config", config_file(tmp_path, seeds=[0, 1]), cwd=tmp_path)
+    name = config_file(tmp_path, seeds=[0, 1])
+    both = yaml.safe_load((tmp_path / name).read_text())
+    one = {**both, "variants": {"small": both["variants"]["small"]}}
+    (tmp_path / name).write_text(yaml.safe_dump(one, sort_keys=False))
+    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path)
     results = pd.read_csv(tmp_path / "out/results.csv")
-    assert [(row.model, row.seed) for row in results.itertuples()] == [
-        ("small", 0), ("UFLOW", 0), ("small", 1), ("UFLOW", 1)
-    ]  # fmt: skip
-    assert results["settings"][0] != results["settings"][1]
+    assert [(row.model, row.seed) for row in results.itertuples()] == [("small", 0), ("small", 1)]
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
         assert results[metric].between(0, 1).all()
     assert (results[["train_seconds", "test_seconds", "peak_memory_mb", "size_mb"]] > 0).all(axis=None)
@@ -79,14 +81,16 @@ def test_the_command(tmp_path):
 
     # Again, with one more variant: only that one is trained.
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cells").rglob("record.npz")}
-    variants = {"another": {"model": "CflowPlugin", "settings": {**SMALL, "noise": 0.1}}}
-    config = yaml.safe_load((tmp_path / "compare.yaml").read_text())
-    config["variants"] |= variants
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    out = run_command("cflow-plugin", "compare", "--config", "compare.yaml", cwd=tmp_path)
-    assert "4 of 6 cells are done already" in out
+    (tmp_path / name).write_text(yaml.safe_dump(both, sort_keys=False))
+    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path)
+    assert "2 of 4 cells are done already" in out
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    assert len(pd.read_csv(tmp_path / "out/results.csv")) == 6
+    results = pd.read_csv(tmp_path / "out/results.csv")
+    assert len(results) == 4
+    assert results["settings"].nunique() == 2
+    report = (tmp_path / "out/report.md").read_text()
+    rows = re.findall(r"^\| (small|UFLOW) \|", report, flags=re.MULTILINE)
+    assert rows[:2] == ["small", "UFLOW"]
 
 
 @pytest.mark.long
@@ -123,10 +127,10 @@ def test_one_failure_does_not_cost_the_others(tmp_path):
     assert list(pd.read_csv(tmp_path / "out/results.csv")["model"]) == ["small"]
 
 
+@pytest.mark.long
 def test_mistakes_are_named(tmp_path):
-    out = run_command(
-        "cflow-plugin", "compare", "--config", config_file(tmp_path, models=["Padam"]), cwd=tmp_path, expect=1
-    )
+    name = config_file(tmp_path, models=["Padam"])
+    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path, expect=1, fresh=True)
     assert "no model 'Padam'" in out
     encoders = [{"backbone": "resnet18", "weights": "none.safetensors"}]
     name = config_file(tmp_path, encoders=encoders)
@@ -326,6 +330,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_nncf_reports_nothing_from_a_cell_s_process(tmp_path):
     (tmp_path / "report.py").write_text(REPORT)
     assert run_command("python", "report.py", cwd=tmp_path, PYTHONWARNINGS="ignore").splitlines()[-1] == "MagicMock"

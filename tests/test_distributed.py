@@ -47,7 +47,7 @@ def results_of(folder: Path) -> tuple[dict, dict, set[str]]:
 @pytest.mark.long
 def test_two_processes_do_what_one_does(tmp_path):
     name = config_file(tmp_path)
-    run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path)
+    run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path, fresh=True)
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     said = run_command("anomalib", "train", "--config", name, "--default_root_dir", "two", *ddp, cwd=tmp_path)
     assert len(re.findall(r"- INFO - Extracting the features of \d+ training images", said)) == 1
@@ -76,7 +76,7 @@ def test_anomalib_s_command_line_keeps_the_seed(tmp_path):
 @pytest.mark.parametrize(("images", "processes"), [(8, 2), (7, 3), (2, 4), (5, 1)])
 def test_shares_make_up_the_batch(images, processes):
     vectors = torch.arange(images * 6.0).reshape(images, 3, 2)
-    batch = VectorBatch([vectors], [torch.arange(3)], [vectors + 100])
+    batch = VectorBatch([vectors], [torch.arange(3)], [vectors + 100], [(1, 3)])
     shares = [share_of_batch(batch, rank, processes) for rank in range(processes)]
     if images < processes:
         assert all(torch.equal(share.vectors[0], vectors) for share in shares)

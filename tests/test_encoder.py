@@ -139,6 +139,7 @@ def test_unknown_names_are_refused_with_the_ones_there_are():
         Encoder("resnet18", ["fc"])
 
 
+@pytest.mark.long
 def test_without_the_hub_one_sentence_names_the_remedies(tmp_path):
     code = (
         "from cflow_plugin.model.encoder import Encoder; from cflow_plugin.model.weights import load_pretrained; "

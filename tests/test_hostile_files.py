@@ -107,7 +107,7 @@ def test_arrays(proof, tmp_path):
     np.save(path, np.array([Hostile(proof)]), allow_pickle=True)
     with pytest.raises(CflowError):
         read_truth(path)
-    with pytest.raises(ValueError, match="pickle|Python objects"):
+    with pytest.raises(ValueError, match=r"pickle|Python objects"):
         read_mask(path, 0)
     assert not proof.exists()
 

@@ -200,13 +200,14 @@ def test_a_file_that_is_cut_off_is_named(name, tmp_path):
     root = folder_of_good(tmp_path)
     write(root / "good" / name)
     data = Folder(name="mine", root=root, normal_dir="good", num_workers=0)
-    with pytest.raises(Exception) as caught:  # in training or in the test, wherever it happens to be
+    with pytest.raises(Exception) as caught:  # noqa: PT011  in training or in the test, wherever it happens to be
         make_engine(tmp_path).train(quick_model(), datamodule=data)
     assert f"{name} cannot be used as an image" in caught.value.explanation
     with pytest.raises(ImageFileError, match=reason):
         read_image(root / "good" / name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_command_line_names_it_in_a_sentence(workers, tmp_path):
     root = folder_of_good(tmp_path)
@@ -289,6 +290,7 @@ def test_training_images_that_teach_little(kind, tmp_path):
     assert torch.isfinite(result.pred_score).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layout", "words"),
     [

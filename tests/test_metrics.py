@@ -1,3 +1,4 @@
+import itertools
 import logging
 import math
 from types import SimpleNamespace
@@ -5,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from anomalib import metrics as anomalib_metrics
 from anomalib.data import ImageBatch
-from anomalib.metrics import AUPRO as AnomalibAUPRO
-from anomalib.metrics import AUROC as AnomalibAUROC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
@@ -50,7 +50,7 @@ def brute_force_pro(maps, masks, fpr_limit=0.3):
         overlaps = [np.mean(maps[labels == region] >= threshold) for region in range(1, regions + 1)]
         points.append((np.mean(normal >= threshold), np.mean(overlaps)))
     area = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         end = min(x1, fpr_limit)
         if end > x0:
             area += (end - x0) * (y0 + (y0 + (y1 - y0) * (end - x0) / (x1 - x0))) / 2
@@ -101,9 +101,9 @@ def test_equal_to_the_definition(data, fpr_limit, batch):
 def test_equal_to_anomalib_s(size):
     maps, masks = smooth_maps(10, size)
     theirs = {"maps": torch.from_numpy(maps), "masks": torch.from_numpy(masks)}
-    expected = feed(AnomalibAUPRO(fields=FIELDS), *theirs.values()).compute().item()
+    expected = feed(anomalib_metrics.AUPRO(fields=FIELDS), *theirs.values()).compute().item()
     assert aupro(maps, masks).compute().item() == pytest.approx(expected, abs=1e-4)
-    expected = feed(AnomalibAUROC(fields=FIELDS), *theirs.values()).compute().item()
+    expected = feed(anomalib_metrics.AUROC(fields=FIELDS), *theirs.values()).compute().item()
     assert auroc(maps, masks).compute().item() == pytest.approx(expected, abs=1e-4)
 
 

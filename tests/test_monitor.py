@@ -112,7 +112,7 @@ def test_the_command(tmp_path):
     good = write_scores(tmp_path / "good.csv", generator.normal(0.3, 0.05, 100))
     same = write_scores(tmp_path / "same.csv", generator.normal(0.3, 0.05, 80))
     moved = write_scores(tmp_path / "moved.csv", [*generator.normal(0.3, 0.05, 40), *generator.normal(0.4, 0.05, 60)])
-    out = run_command("cflow-plugin", "monitor", "--recent", same, "--reference", good, cwd=tmp_path)
+    out = run_command("cflow-plugin", "monitor", "--recent", same, "--reference", good, cwd=tmp_path, fresh=True)
     assert "No change: 80 images" in out
     verdict = json.loads((tmp_path / "results/monitor/monitor.json").read_text())
     assert not verdict["changed"]
@@ -134,6 +134,7 @@ def test_the_command(tmp_path):
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"monitor.json", "monitor.csv", "monitor.png"}
 
 
+@pytest.mark.long
 def test_it_explains_itself(tmp_path):
     out = run_command("cflow-plugin", "monitor", "--help", cwd=tmp_path)
     out = " ".join(out.split())

@@ -15,7 +15,7 @@ from .test_comparison import config_file
 from .test_score import draw_pictures, read
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "cflow-plugin[ray]"')
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("ray")]  # one cluster at a time
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("ray")]  # one cluster at a time
 
 _NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 
@@ -93,7 +93,7 @@ def test_no_cluster_and_no_room(cluster, exported, tmp_path):
 
 def test_a_worker_of_a_comparison_is_killed(cluster, tmp_path):
     """Its cell is trained again, once; the others are not, and nothing is left half-written. All is as without Ray."""
-    seeds = [0, 1]
+    seeds = [0]
     name = config_file(tmp_path, seeds=seeds)
     killed = []
 
@@ -123,8 +123,8 @@ def test_a_worker_of_a_comparison_is_killed(cluster, tmp_path):
     assert not list((tmp_path / "out").rglob("*.partial"))
     report = (tmp_path / "out/report.md").read_text()
     assert report.index("| small |") < report.index("| UFLOW |")
-    assert "4 of 4 cells are done already" in run_command(*command, cwd=tmp_path)
-    run_command("cflow-plugin", "compare", "--config", name, "--seeds", "[0]", "--output", "here", cwd=tmp_path)
+    assert "2 of 2 cells are done already" in run_command(*command, cwd=tmp_path)
+    run_command("cflow-plugin", "compare", "--config", name, "--output", "here", cwd=tmp_path)
     here = pd.read_csv(tmp_path / "here/results.csv").set_index("key")
     assert len(here) == 2
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):

@@ -22,7 +22,9 @@ from cflow_plugin.data.textures import draw
 from .conftest import run_command
 
 
-@pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((64, 64), marks=pytest.mark.long), None], ids=["fixed", "any size"]
+)
 def exported(request, export):
     return export(request.param)
 
@@ -48,10 +50,8 @@ def read(folder: Path) -> pd.DataFrame:
 
 def test_scores_are_those_of_anomalib(exported, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
-    main(
-        ["score", "--model", str(exported), "--source", str(pictures), "--output", str(tmp_path / "out")]
-        + ["--batch", "3", "--maps", "true"]
-    )
+    command = ["score", "--model", str(exported), "--source", str(pictures), "--output", str(tmp_path / "out")]
+    main([*command, "--batch", "3", "--maps", "true"])
     table = read(tmp_path / "out")
     assert set(table.index) == {str(path) for path in pictures.rglob("*.*")}
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
@@ -182,11 +182,12 @@ def test_a_batch_that_comes_twice_is_one_part(tmp_path):
     assert parts.missing(["0", "a", "b", "c"], 2) == [["0"], ["c"]]
 
 
-def test_folders_of_other_scores_are_refused(exported, trained, pictures, tmp_path):
+@pytest.mark.long
+def test_folders_of_other_scores_are_refused(exported, export, pictures, tmp_path):
     score(exported, str(pictures / "0.BMP"), tmp_path / "out")
     with pytest.raises(CflowError, match="made with another maps"):
         score(exported, str(pictures), tmp_path / "out", maps=True)
-    another = trained.to_openvino(tmp_path / "another", input_size=(96, 96))
+    another = export((96, 160))
     with pytest.raises(CflowError, match="made with another model"):
         score(another, str(pictures), tmp_path / "out")
     assert len(read(tmp_path / "out")) == 1

@@ -193,7 +193,9 @@ def test_features_that_cannot_be_kept_are_refused(value):
 
 
 @pytest.mark.parametrize("kappa", [1, 5])
-@pytest.mark.parametrize("settings", [SMALL, UNTRAINED], ids=["gabor", "untrained CNN"])
+@pytest.mark.parametrize(
+    "settings", [SMALL, pytest.param(UNTRAINED, marks=pytest.mark.long)], ids=["gabor", "untrained CNN"]
+)
 def test_the_whole_model_against_brute_force(textures, tmp_path, settings, kappa):
     seed_everything(0)
     model = Spade(**{**settings, "image_size": (64, 64)}, k=3, kappa=kappa, pre_trained=False)
@@ -295,6 +297,7 @@ def test_one_training_image(textures, tmp_path):
     assert len(result.pred_score.unique()) > 1
 
 
+@pytest.mark.long
 def test_mixed_precision_is_kept_out_of_distances(textures, tmp_path):
     maps = []
     for precision in ("32", "bf16-mixed"):
@@ -323,7 +326,7 @@ def test_torch_export(spade, textures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_graphs_are_refused(spade, tmp_path, kind):
-    with pytest.raises(CflowError, match="gallery of training features.*--export_type torch"):
+    with pytest.raises(CflowError, match=r"gallery of training features.*--export_type torch"):
         getattr(spade, f"to_{kind}")(tmp_path, input_size=(64, 64))
     assert not list(tmp_path.iterdir())
 

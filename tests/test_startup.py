@@ -6,6 +6,30 @@ from pathlib import Path
 import pytest
 
 from .conftest import ROOT
+from .warm import OTHERS, WarmProcess
+
+pytestmark = pytest.mark.xdist_group("startup")  # one warm process for all
+
+
+@pytest.fixture(scope="module")
+def others():
+    """A process that has imported what takes long, but nothing of anomalib or this package."""
+    process = WarmProcess(OTHERS)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def warm_python(others, tmp_path):
+    def run(code):
+        names = "sorted({name.split('.')[0] for name in sys.modules} & {'anomalib', 'cflow_plugin'})"
+        code = f"import sys\nprint({names})\n{code}"
+        status = others.run(["-c", code], tmp_path, {**os.environ}, tmp_path / "log.txt")
+        out = (tmp_path / "log.txt").read_text()
+        assert "['cflow_plugin']\n" in out, "anomalib must not be imported yet"  # startup.py is
+        return status, out.strip()
+
+    return run
 
 
 def python(code, *options, **environment):
@@ -32,6 +56,7 @@ def test_other_programs_do_not_meet_it():
     assert python(code)[1] == "False False"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "first",
     [
@@ -43,51 +68,69 @@ def test_other_programs_do_not_meet_it():
         "cflow_plugin.baselines.spade",
     ],
 )
-def test_names_are_known_whatever_is_imported_first(first):
+def test_names_are_known_whatever_is_imported_first(first, warm_python):
     code = (
         f"import {first}\n"
         "import anomalib.models, anomalib.data\n"
         "print(anomalib.models.CflowPlugin.__name__, anomalib.models.Spade.__name__, anomalib.data.Textures.__name__)"
     )
-    status, out, errors = python(code)
-    assert status == 0, errors
+    status, out = warm_python(code)
+    assert status == 0, out
     assert out.splitlines()[-1] == "CflowPlugin Spade Textures"
 
 
-def test_found_by_anomalib_s_own_look_up():
-    code = (
-        "from anomalib.models import get_model, list_models\n"
-        "print({'cflow_plugin', 'spade'} <= list_models())\n"
-        "print(type(get_model('cflow_plugin', backbone='gabor')).__module__)\n"
-        "print(type(get_model('spade', backbone='gabor', layers=['scale1'], image_layer='scale2')).__module__)"
-    )
-    status, out, errors = python(code)
-    assert status == 0, errors
+LOOK_UP = (
+    "from anomalib.models import get_model, list_models\n"
+    "print({'cflow_plugin', 'spade'} <= list_models())\n"
+    "print(type(get_model('cflow_plugin', backbone='gabor')).__module__)\n"
+    "print(type(get_model('spade', backbone='gabor', layers=['scale1'], image_layer='scale2')).__module__)"
+)
+
+
+@pytest.mark.long
+def test_found_by_anomalib_s_own_look_up(warm_python):
+    status, out = warm_python(LOOK_UP)
+    assert status == 0, out
     modules = ["cflow_plugin.training.lightning_model", "cflow_plugin.baselines.spade.lightning_model"]
     assert out.splitlines()[-3:] == ["True", *modules]
 
 
-def test_switched_off():
-    code = "import anomalib.models as m; print(hasattr(m, 'CflowPlugin'))"
-    assert python(code, CFLOW_PLUGIN_AUTOLOAD="0")[1].splitlines()[-1] == "False"
+@pytest.mark.long
+def test_not_found_without_it(warm_python):
+    code = "from cflow_plugin.anomalib_patches.startup import _Finder\nsys.meta_path.remove(_Finder)\n"
+    status, out = warm_python(code + LOOK_UP)
+    assert status == 1
+    assert "False\n" in out
+    assert "UnknownModelError" in out or "Could not find" in out
 
 
-@pytest.mark.parametrize("module", ["startup", "lightning_model"])
+@pytest.mark.parametrize(("switch", "there"), [("", "True"), ("0", "False")])
+def test_switched_off(switch, there):
+    code = "import sys; print(any(getattr(f, '__module__', '').startswith('cflow_plugin') for f in sys.meta_path))"
+    assert python(code, CFLOW_PLUGIN_AUTOLOAD=switch)[1] == there
+
+
+STARTUP = "anomalib_patches/startup"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("module", [STARTUP, "training/lightning_model"])
 def test_a_broken_installation_breaks_neither_python_nor_anomalib(tmp_path, module):
-    package = tmp_path / "cflow_plugin"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    if module != "startup":
-        source = (ROOT / "cflow_plugin" / "startup.py").read_text()
-        (package / "startup.py").write_text(source)
-    (package / f"{module}.py").write_text("raise RuntimeError('broken')")
+    for folder in ("anomalib_patches", "training"):
+        package = tmp_path / "cflow_plugin" / folder
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (tmp_path / "cflow_plugin/__init__.py").touch()
+    if module != STARTUP:
+        (tmp_path / f"cflow_plugin/{STARTUP}.py").write_text((ROOT / f"cflow_plugin/{STARTUP}.py").read_text())
+    (tmp_path / f"cflow_plugin/{module}.py").write_text("raise RuntimeError('broken')")
     line = (ROOT / "cflow_plugin.pth").read_text()
     code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{line}\n"
     code += "from anomalib.models import Padim; print(Padim.__name__)"
     status, out, errors = python(code, CFLOW_PLUGIN_AUTOLOAD="1", PYTHONPATH=str(tmp_path))
     assert status == 0, errors
     assert out.splitlines()[-1] == "Padim"
-    if module == "lightning_model":
+    if module != STARTUP:
         assert "cflow_plugin could not be loaded (RuntimeError: broken)" in errors
 
 

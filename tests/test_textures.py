@@ -150,9 +150,10 @@ def test_an_interrupted_run_is_not_taken_for_a_whole_one(
         drawn += 1
         return draw(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(textures, "draw", interrupted)
-        generate_category(tmp_path, "weave", **SMALL)
+        with pytest.raises(KeyboardInterrupt):
+            generate_category(tmp_path, "weave", **SMALL)
     assert not (tmp_path / "weave").exists()
     assert not list(tmp_path.rglob(".*"))
     generate_category(tmp_path, "weave", **SMALL)

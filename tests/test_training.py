@@ -217,7 +217,7 @@ def test_steps_of_a_whole_pass(tmp_path, textures):
 def test_augmented_images_are_encoded_anew(tmp_path, textures, caplog):
     def extractions(folder, **settings):
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="cflow_plugin"):
+        with caplog.at_level(logging.INFO, logger="cflow_plugin.training.vector_loader"):
             data = make_textures(textures.root, **settings)
             make_engine(tmp_path / folder).fit(quick_model(epochs=3), datamodule=data)
         return sum("Extracting" in record.message for record in caplog.records)

@@ -22,7 +22,9 @@ from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.data.textures import draw
 
 
-@pytest.fixture(scope="module", params=[(64, 64), None], ids=["fixed size", "any size"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((64, 64), marks=pytest.mark.long), None], ids=["fixed", "any size"]
+)
 def exported(request, export):
     return export(request.param)
 
@@ -153,6 +155,7 @@ def test_a_video_that_is_cut_off(exported, tmp_path, caplog):
     assert f"ends after {scored} frames, though its header speaks of 20" in caplog.text
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (320, 240))
     for image in np.random.default_rng(3).integers(0, 255, (10, 240, 320, 3), dtype=np.uint8):
@@ -207,11 +210,9 @@ def test_what_cannot_be_watched(exported, tmp_path, model, source, words):
 @pytest.mark.parametrize("file", ["truth.npy", "truth.csv"])
 def test_a_clip_with_its_truth(exported, clip, tmp_path, file):
     folder, truth = clip
-    main(
-        ["watch", "--model", str(exported), "--source", str(folder), "--output", str(tmp_path / "out")]
-        + ["--overlays", "false", "--frame_rate", "10", "--smoothing", "0.2", "--threshold", "0.4"]
-        + ["--truth", str(tmp_path / file)]
-    )
+    command = ["watch", "--model", str(exported), "--source", str(folder), "--output", str(tmp_path / "out")]
+    command += ["--overlays", "false", "--frame_rate", "10", "--smoothing", "0.2", "--threshold", "0.4"]
+    main([*command, "--truth", str(tmp_path / file)])
     rows = read_scores(tmp_path / "out")
     assert list(rows) == [f"{number}.png" for number in range(12)]
     assert [int(row["frame"]) for row in rows.values()] == list(range(12))
@@ -248,7 +249,7 @@ def test_an_unreadable_frame_keeps_its_number(exported, clip, tmp_path):
 
 def test_truth_of_another_clip(exported, clip, tmp_path):
     np.save(tmp_path / "truth.npy", np.zeros(13))
-    with pytest.raises(CflowError, match="13 frames, but .* 12 images"):
+    with pytest.raises(CflowError, match=r"13 frames, but .* 12 images"):
         watch(exported, str(clip[0]), tmp_path / "out", truth=tmp_path / "truth.npy")
     assert not (tmp_path / "out").exists()
 
@@ -281,7 +282,7 @@ def test_metrics_of_an_earlier_run_do_not_stay(exported, clip, tmp_path, caplog)
 
 def test_rows_are_there_while_it_runs(exported, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 64))
-    for shade in range(1000):
+    for shade in range(400):
         film.write(np.full((64, 64, 3), shade % 250, np.uint8))
     film.release()
     arguments = (exported, str(tmp_path / "film.avi"), tmp_path / "out")
@@ -291,9 +292,9 @@ def test_rows_are_there_while_it_runs(exported, tmp_path):
     while watching.is_alive() and seen < 1:
         time.sleep(0.001)
         seen = len(table.read_text().splitlines()) - 1 if table.exists() else 0
-    assert 0 < seen < 1000
+    assert 0 < seen < 400
     watching.join()
-    assert len(read_scores(tmp_path / "out")) == 1000
+    assert len(read_scores(tmp_path / "out")) == 400
 
 
 @pytest.mark.parametrize(("settings", "words"), [({"smoothing": -1.0}, "Smoothing"), ({"frame_rate": 0.0}, "rate")])

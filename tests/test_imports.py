@@ -1,0 +1,36 @@
+"""Names that are imported inside functions exist as well: no other test may come by."""
+
+import ast
+from importlib import import_module
+
+import pytest
+
+from .conftest import ROOT
+
+FILES = sorted(path for folder in ("benchmarks", "cflow_plugin", "tests") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_by(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("cflow_plugin"):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_all_that_is_imported_is_there(path):
+    missing = []
+    for module, name in imported_by(path):
+        if not hasattr(import_module(module), name):
+            try:
+                import_module(f"{module}.{name}")
+            except ModuleNotFoundError:
+                missing.append(f"{module}.{name}")
+    assert not missing
+
+
+def test_the_test_finds_what_is_missing(tmp_path):
+    (tmp_path / "one.py").write_text("def f():\n    from cflow_plugin.errors import CflowError, Absent\n")
+    assert list(imported_by(tmp_path / "one.py")) == [
+        ("cflow_plugin.errors", "CflowError"),
+        ("cflow_plugin.errors", "Absent"),
+    ]
