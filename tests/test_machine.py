@@ -12,15 +12,14 @@ from cflow_plugin.commands import machine
 from cflow_plugin.commands.machine import describe_machine, peak_resident_bytes, processor
 
 
-def test_peak_memory_is_in_bytes_and_does_not_fall():
-    before = peak_resident_bytes()
-    block = np.ones(2**25)  # 256 MiB
-    during = peak_resident_bytes()
+def test_peak_memory_is_in_bytes_and_remembered():
+    before = psutil.Process().memory_info().rss
+    block = np.ones(2**25)
     del block
-    assert during >= before
-    assert during >= psutil.Process().memory_info().rss >= 2**20
-    assert peak_resident_bytes() >= during
-    assert during < 2**37
+    peak = peak_resident_bytes()
+    # The kernel counts in each processor, and sums up roughly.
+    assert peak >= before + 2**28 - 2**24
+    assert peak < psutil.virtual_memory().total
 
 
 class NoStatus(type(Path())):
