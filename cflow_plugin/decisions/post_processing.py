@@ -104,7 +104,7 @@ class ConformalPostProcessor(PostProcessor):
         check_enough(len(scores), self.rate)
         self.reference_scores = scores.detach().to(self.image_min).sort().values
         self.reference_maxima = maxima.detach().to(self.image_min).sort().values
-        self._set_thresholds()
+        self.apply_rate()
 
     def forget(self) -> None:
         """Drop the reference scores: the model is no longer the one that gave them."""
@@ -124,7 +124,8 @@ class ConformalPostProcessor(PostProcessor):
             raise CflowError(msg)
 
     @torch.no_grad()
-    def _set_thresholds(self) -> None:
+    def apply_rate(self) -> None:
+        """Set thresholds and normalisation by the reference scores and the rate."""
         rank = threshold_rank(len(self.reference_scores), self.rate)
         image, pixel = self.reference_scores[rank - 1], self.reference_maxima[rank - 1]
         set_thresholds(self, image, pixel)
@@ -253,7 +254,7 @@ def _fill_in(post_processor: ConformalPostProcessor, state_dict: dict[str, Any],
 def _set_thresholds_anew(post_processor: ConformalPostProcessor, _: object) -> None:
     """The scores that were loaded allow any rate that they are enough for."""
     if post_processor.is_conformal and post_processor.is_calibrated:
-        post_processor._set_thresholds()  # noqa: SLF001  this module's own
+        post_processor.apply_rate()
 
 
 def _p_values(scores: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

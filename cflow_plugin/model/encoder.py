@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
 
     def check_size(self, size: Sequence[int]) -> None:
-        """Complain of images that are too small for the coarsest layer.
+        """Raise if images are too small for the coarsest layer.
 
         Args:
             size: Height and width in pixels.

@@ -97,7 +97,7 @@ class CflowModel(nn.Module):
         """The model in its form for inference, made once and kept until the model changes.
 
         It is made anew after ``train()`` or ``eval()``, :meth:`calibrate`, ``load_state_dict()`` and a move to another
-        device or number format. Who changes a tensor in place in eval mode calls ``eval()`` afterwards.
+        device or number format. Who changes a tensor in place in eval mode calls :meth:`drop_folded` afterwards.
 
         Args:
             size: Height and width of the images.
@@ -108,6 +108,10 @@ class CflowModel(nn.Module):
             self._folded = {size: found}  # one at a time: it is as large as the model
         return found
 
+    def drop_folded(self) -> None:
+        """Let the next image fold the model anew."""
+        self._folded = {}
+
     def fit_whitening(self, features: Sequence[torch.Tensor]) -> None:
         """Start the decoders from the features' covariance; see :meth:`Whitening.fit`.
 
@@ -116,7 +120,7 @@ class CflowModel(nn.Module):
         """
         for decoder, vectors in zip(self.decoders, features, strict=True):
             decoder.whitening.fit(vectors)
-        self._folded = {}
+        self.drop_folded()
 
     def calibrate(self, log_likelihoods: Sequence[torch.Tensor]) -> None:
         """Set the scoring constants; see :meth:`AnomalyScoring.calibrate`.
@@ -125,16 +129,16 @@ class CflowModel(nn.Module):
             log_likelihoods: For each scale ``(N, H_k, W_k)``, nats per dimension, of training features.
         """
         self.scoring.calibrate(log_likelihoods)
-        self._folded = {}
+        self.drop_folded()
 
     def train(self, mode: bool = True) -> "CflowModel":
         """Set the mode, and drop what was folded: training may have changed all it is made of."""
-        self._folded = {}
+        self.drop_folded()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CflowModel":
         # What .to(), .half() and their like call.
-        self._folded = {}
+        self.drop_folded()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,4 +172,4 @@ class CflowModel(nn.Module):
 
 
 def _drop_folded(model: CflowModel, _: object) -> None:
-    model._folded = {}  # noqa: SLF001  this module's own
+    model.drop_folded()

@@ -157,7 +157,7 @@ def versions() -> dict[str, str]:
 
 
 def warn_of_other_versions(made_with: Mapping[str, str] | None) -> None:
-    """Say so if a checkpoint is of another release.
+    """Warn if a checkpoint is of another release.
 
     Args:
         made_with: What :func:`versions` was then, or ``None``.

@@ -17,8 +17,8 @@ def describe_run(module: AnomalibModule, model: CflowModel, images: int) -> str:
         images: Number of images that are trained on.
 
     Returns:
-        A sentence, for example ``Training CflowPlugin on 40 images of Textures, weave: resnet18 (layer2, layer3) at
-        256×256 pixels, frozen; decoders of 2.3 million parameters; on cpu.``
+        A sentence, for example "Training CflowPlugin on 40 images of Textures, weave: resnet18 (layer2, layer3) at
+        256×256 pixels, frozen; decoders of 2.3 million parameters; on cpu."
     """
     data = data_module_of(module.trainer)
     of = ", ".join(filter(None, (getattr(data, "name", ""), str(getattr(data, "category", "") or ""))))
