@@ -17,7 +17,7 @@ class LoaderReplacement(Callback):
     """
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[LightningDataModule, str]] = []
+        self._replaced: list[tuple[LightningDataModule, str, Any]] = []
 
     def replace(self, data: LightningDataModule, name: str, change: Callable[[Any], Any]) -> None:
         """Let a data module return something else.
@@ -27,21 +27,24 @@ class LoaderReplacement(Callback):
             name: Name of its method.
             change: Makes, of what the method returns, what is to be returned instead.
         """
-        vars(data).pop(name, None)  # of a process that was stopped in between
+        own = vars(data).get(name)  # an attribute that hides the method already, of the user's
         original = getattr(data, name)
 
         def changed() -> Any:
             return change(original())
 
         setattr(data, name, changed)
-        self._replaced.append((data, name))
+        self._replaced.append((data, name, own))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the data module its own loaders back."""
         del trainer, pl_module, stage
         while self._replaced:
-            data, name = self._replaced.pop()
-            vars(data).pop(name, None)
+            data, name, own = self._replaced.pop()
+            if own is None:
+                delattr(data, name)
+            else:
+                setattr(data, name, own)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give them back, too, where the run ends in an error."""
