@@ -22,7 +22,8 @@ from sklearn.metrics import roc_auc_score
 from training import publish, train_default
 
 from cflow_plugin import CflowPlugin
-from cflow_plugin.deploy.graph import TrainingImages, convert_to_openvino
+from cflow_plugin.deploy.graph import convert_to_openvino
+from cflow_plugin.deploy.quantization import TrainingImages
 
 
 def is_map(node: ov.Node) -> bool:
