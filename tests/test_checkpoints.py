@@ -214,6 +214,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     assert not list(folders[1].rglob("*.partial"))
 
 
+@pytest.mark.long
 def test_what_was_trained_is_tested(textures, tmp_path):
     """anomalib's ``Engine.train`` would test the checkpoint that training went on from."""
     settings = {**QUICK, "steps_per_epoch": 10, "visualizer": False}
