@@ -66,7 +66,6 @@ def test_any_model_any_size_any_batch(model, size, images, part):
     torch.testing.assert_close(folded.pred_score, whole.pred_score, rtol=0, atol=5e-5)
 
 
-@pytest.mark.long
 @MANY
 @given(MODELS, st.shared(SIZES, key="size"))
 @torch.no_grad()
