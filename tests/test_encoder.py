@@ -19,7 +19,9 @@ def resnet():
     return create_model("resnet18").eval()
 
 
-@pytest.mark.parametrize("name", list(BACKBONES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "wide_resnet50_2")) for name in BACKBONES]
+)
 def test_the_paper_s_layers(name):
     backbone, encoder = BACKBONES[name], Encoder(name)
     assert encoder.channels == list(backbone.channels)
