@@ -72,7 +72,12 @@ def test_weights_that_are_not_finite(checkpoint, textures, tmp_path, value):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"layers": ["scale1"]}, {"image_size": (96, 64)}, {"coupling_blocks": 3}, {"condition_dims": 0}],
+    [
+        {"layers": ["scale1"]},
+        {"image_size": (96, 64)},
+        pytest.param({"coupling_blocks": 3}, marks=pytest.mark.long),
+        pytest.param({"condition_dims": 0}, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_other_settings_than_the_checkpoint_s(checkpoint, trained, textures, tmp_path, caplog, settings):

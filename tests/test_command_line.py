@@ -247,12 +247,12 @@ def test_the_wheel_in_a_clean_environment(tmp_path):
     [packages] = (tmp_path / "clean/lib").glob("python3*/site-packages")
     # A path named in a .pth file is searched after this environment's own, and its own .pth files are not run.
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    where = run_command(clean, "-c", "import cflow_plugin; print(cflow_plugin.__file__)", cwd=tmp_path)
+    where = run_command(clean, "-c", "import cflow_plugin; print(cflow_plugin.__file__)", cwd=tmp_path, PYTHONPATH="")
     assert str(packages) in where
     code = "import sys; from anomalib.cli.cli import main; sys.argv[0] = 'anomalib'; main()"
     out = run_command(
         clean, "-c", code, "train", "--config", ROOT / "configs/demo.yaml", *FEW, *QUICK, *CPU,
-        cwd=tmp_path,
+        cwd=tmp_path, PYTHONPATH="",
     )  # fmt: skip
     assert "pixel_AUPRO" in out
     assert (tmp_path / "results/CflowPlugin/Textures/weave/latest/metrics.json").is_file()

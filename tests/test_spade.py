@@ -254,7 +254,8 @@ def test_metrics_equal_scikit_learn_s_on_raw_distances(textures, tmp_path, valid
     assert written["pixel_AUROC"] == pytest.approx(metrics["pixel_AUROC"], abs=1e-6)
 
 
-@pytest.mark.parametrize("half_precision", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("half_precision", [False, True])
 def test_a_checkpoint_brings_the_gallery_with_it(textures, tmp_path, half_precision):
     model = Spade(**{**UNTRAINED, "image_size": (64, 64)}, pre_trained=False, half_precision=half_precision, k=2)
     engine = make_engine(tmp_path)
