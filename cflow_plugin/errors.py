@@ -15,7 +15,7 @@ def first_line(error: BaseException, length: int = 120) -> str:
         length: At most this many characters.
 
     Example:
-        >>> first_line(ValueError("No such layer.\\nTry another."))
+        >>> first_line(ValueError("No such layer.\nTry another."))
         'No such layer'
     """
     lines = str(error).strip().splitlines()

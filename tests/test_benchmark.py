@@ -60,7 +60,9 @@ def test_in_onnx_runtime(model, tmp_path):
     assert loaded.executed
 
 
-@pytest.mark.parametrize("model", ["CflowPlugin", "Cflow", "Padim", "Spade"])
+@pytest.mark.parametrize(
+    "model", ["CflowPlugin", *(pytest.param(name, marks=pytest.mark.long) for name in ("Cflow", "Padim", "Spade"))]
+)
 def test_models_are_what_anomalib_trains(model):
     assert build_model(model, "resnet18", 64).__class__.__name__ == model
 

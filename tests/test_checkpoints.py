@@ -72,7 +72,12 @@ def test_weights_that_are_not_finite(checkpoint, textures, tmp_path, value):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"layers": ["scale1"]}, {"image_size": (96, 64)}, {"coupling_blocks": 3}, {"condition_dims": 0}],
+    [
+        {"layers": ["scale1"]},
+        {"image_size": (96, 64)},
+        pytest.param({"coupling_blocks": 3}, marks=pytest.mark.long),
+        pytest.param({"condition_dims": 0}, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_other_settings_than_the_checkpoint_s(checkpoint, trained, textures, tmp_path, caplog, settings):
@@ -214,6 +219,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(textures, tmp_path):
     assert not list(folders[1].rglob("*.partial"))
 
 
+@pytest.mark.long
 def test_what_was_trained_is_tested(textures, tmp_path):
     """anomalib's ``Engine.train`` would test the checkpoint that training went on from."""
     settings = {**QUICK, "steps_per_epoch": 10, "visualizer": False}

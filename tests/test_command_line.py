@@ -17,6 +17,7 @@ from .conftest import ROOT, run_command
 # Folders named as the subcommand of `cflow-plugin` that their configs are for; all others are for anomalib's.
 OURS = sorted(path for name in ("benchmark", "compare") for path in (ROOT / "configs" / name).glob("*.yaml"))
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(OURS))
+FIRST = {"demo", "spade", "scene_01"}  # a second each: others are for the long run
 MVTEC_AD_SIZES = {"transistor": 128} | dict.fromkeys(("cable", "capsule", "hazelnut", "metal_nut", "pill"), 256)
 FEW = ["--data.resolution", "64", "--data.train_good", "6", "--data.test_good", "2", "--data.test_defect", "1"]
 FEW += ["--data.val_good", "2", "--data.val_defect", "1"]
@@ -43,7 +44,9 @@ def parse():
     return parse
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.long] * (path.stem not in FIRST)) for path in CONFIGS], ids=name_of
+)
 def test_every_config_is_understood(parse, path):
     data = ["--data", "MVTecAD"] if path.parent.name == "ablation" else []
     config = parse("--config", path, *data)
@@ -244,12 +247,12 @@ def test_the_wheel_in_a_clean_environment(tmp_path):
     [packages] = (tmp_path / "clean/lib").glob("python3*/site-packages")
     # A path named in a .pth file is searched after this environment's own, and its own .pth files are not run.
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    where = run_command(clean, "-c", "import cflow_plugin; print(cflow_plugin.__file__)", cwd=tmp_path)
+    where = run_command(clean, "-c", "import cflow_plugin; print(cflow_plugin.__file__)", cwd=tmp_path, PYTHONPATH="")
     assert str(packages) in where
     code = "import sys; from anomalib.cli.cli import main; sys.argv[0] = 'anomalib'; main()"
     out = run_command(
         clean, "-c", code, "train", "--config", ROOT / "configs/demo.yaml", *FEW, *QUICK, *CPU,
-        cwd=tmp_path,
+        cwd=tmp_path, PYTHONPATH="",
     )  # fmt: skip
     assert "pixel_AUPRO" in out
     assert (tmp_path / "results/CflowPlugin/Textures/weave/latest/metrics.json").is_file()

@@ -19,7 +19,9 @@ def resnet():
     return create_model("resnet18").eval()
 
 
-@pytest.mark.parametrize("name", list(BACKBONES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "wide_resnet50_2")) for name in BACKBONES]
+)
 def test_the_paper_s_layers(name):
     backbone, encoder = BACKBONES[name], Encoder(name)
     assert encoder.channels == list(backbone.channels)
@@ -51,7 +53,9 @@ def test_the_last_projection_of_mobilenet():
     torch.testing.assert_close(encoder(images)[-1], seen[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "wide_resnet50_2")) for name in NAMES]
+)
 def test_frozen_and_always_in_eval_mode(name):
     encoder = Encoder(name).train()
     assert not any(module.training for module in encoder.modules())

@@ -151,6 +151,7 @@ def test_files_are_small(trained, export, tmp_path):
     assert sizes[CompressionType.INT8] < 0.5 * sizes[None]
 
 
+@pytest.mark.long
 def test_no_constant_is_kept_for_each_position(trained, export):
     path = export((64, 64))
     blocks = [block for flow in InferenceGraph(trained, (64, 64)).model.flows for block in flow.blocks]

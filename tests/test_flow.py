@@ -105,6 +105,7 @@ def test_equation_8():
     torch.testing.assert_close(log_likelihood(u, log_det), (normal.log_prob(u) + log_det) / 7)
 
 
+@pytest.mark.long
 def test_likelihood_of_a_plane_integrates_to_one():
     flow = ConditionalFlow(2, 0, coupling_blocks=4)
     for block in flow.module_list[1:]:  # far from the identity, but not from the origin

@@ -95,8 +95,7 @@ def test_folding_is_never_stale(model, how):
         model.double()
         images = images.double()
     with torch.no_grad():
-        if model.training:
-            model.eval()
+        model.eval()  # is when the folded form is looked at anew
         after = model.log_likelihoods(images)[0]
         expected = model.train().log_likelihoods(images)[0]
     assert after.dtype == images.dtype

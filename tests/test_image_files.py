@@ -172,7 +172,9 @@ def test_the_same_score_everywhere(taken, trained, exported, tmp_path, monkeypat
         assert found == pytest.approx(value, abs=2e-4), name
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (number % 4 > 0)) for number, name in enumerate(TAKEN)]
+)
 def test_trained_on(taken, name, tmp_path):
     root = folder_of_good(tmp_path)
     shutil.copy(taken / name, root / "good" / name)

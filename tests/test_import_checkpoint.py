@@ -146,7 +146,7 @@ def in_openvino(model, images):
 
 MODELS = [
     pytest.param("mobilenet_v3_large", {}, marks=pytest.mark.long),
-    ("mobilenet_v3_large", {"soft": False, "scales": 1, "blocks": 3}),
+    pytest.param("mobilenet_v3_large", {"soft": False, "scales": 1, "blocks": 3}, marks=pytest.mark.long),
     pytest.param("mobilenet_v3_large", {"condition_dims": 0, "scales": 2, "blocks": 1}, marks=pytest.mark.long),
     pytest.param("resnet18", {"blocks": 1}, marks=pytest.mark.long),
     ("resnet18", {"soft": False, "scales": 1, "blocks": 1}),
@@ -199,6 +199,7 @@ def good(tmp_path):
     return folder
 
 
+@pytest.mark.long
 def test_scores_after_calibration(small, tmp_path, good):
     model = imported(small.content(), tmp_path, "mobilenet_v3_large", images=good)
     images = [image.image for image in PredictDataset(good)]
@@ -365,6 +366,7 @@ def test_files_that_are_no_checkpoints(small, tmp_path):
     assert not (tmp_path / "model.ckpt").exists()
 
 
+@pytest.mark.long
 def test_images_and_output_that_cannot_be_used(small, tmp_path, good):
     content, kept = small.content(), tmp_path / "model.ckpt"
     kept.write_bytes(b"an older one")

@@ -1,6 +1,7 @@
-"""Names that are imported inside functions exist as well: no other test may come by."""
+"""Names that are imported inside functions exist as well: no other test may come by. And what will go is an error."""
 
 import ast
+import warnings
 from importlib import import_module
 
 import pytest
@@ -34,3 +35,14 @@ def test_the_test_finds_what_is_missing(tmp_path):
         ("cflow_plugin.errors", "CflowError"),
         ("cflow_plugin.errors", "Absent"),
     ]
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_will_go_is_an_error_where_it_is_called(category):
+    with pytest.raises(category, match="will go"):
+        warnings.warn("will go", category, stacklevel=1)
+    with pytest.raises(category, match="will go"):
+        warnings.warn_explicit("will go", category, "one.py", 1, module="cflow_plugin.model.encoder")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.warn_explicit("will go", category, "one.py", 1, module="some_library.one")
+    assert len(seen) == 1

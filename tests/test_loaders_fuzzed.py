@@ -41,7 +41,9 @@ VALUES = st.lists(st.integers(0, 255), min_size=12, max_size=12)
 LENGTHS = st.one_of(st.just(1.0), st.floats(0, 1))
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(suffix, marks=[pytest.mark.long] * (suffix not in {".png", ".jpg"})) for suffix in FORMATS]
+)
 def test_images(suffix, tmp_path):
     whole = io.BytesIO()
     PICTURE.save(whole, FORMATS[suffix])
@@ -96,7 +98,8 @@ LOADERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * name.endswith("model")) for name in LOADERS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * ("ckpt" in name or name.startswith("mvtec"))) for name in LOADERS],
 )
 def test_other_files(name, files, tmp_path, caplog):
     caplog.set_level(logging.ERROR)

@@ -86,7 +86,7 @@ def sets(draw):
     return np.array(maps, np.float32).reshape(shape), np.array(masks).reshape(shape)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data=sets(), fpr_limit=st.sampled_from([0.05, 0.3, 1.0]), batch=st.integers(1, 4))
 def test_equal_to_the_definition(data, fpr_limit, batch):
     maps, masks = data
@@ -147,7 +147,7 @@ def test_binned_within_the_bound(few, distribution, bins):
         assert abs(found - value) <= metric.error_bound + 1e-12
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data=sets(), dropped=st.integers(0, 31), fpr_limit=st.sampled_from([0.05, 0.3, 1.0]))
 def test_no_order_within_bins_breaks_the_bound(data, dropped, fpr_limit):
     maps, masks = data

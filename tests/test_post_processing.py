@@ -109,7 +109,10 @@ def test_what_is_no_rate_is_refused(rate):
         ConformalPostProcessor(rate)
 
 
-@pytest.mark.parametrize(("images", "rate"), [(19, 0.05), (40, 0.05), (99, 0.01), (30, 0.1)])
+@pytest.mark.parametrize(
+    ("images", "rate"),
+    [(19, 0.05), *(pytest.param(*one, marks=pytest.mark.long) for one in [(40, 0.05), (99, 0.01), (30, 0.1)])],
+)
 def test_the_realised_rate_is_the_asked_one(images, rate):
     """Over many draws of held-out and new images the rate is the asked one, and scatters as the theory says."""
     generator = np.random.default_rng(images)
@@ -165,14 +168,12 @@ def test_p_values_equal_brute_force_and_are_super_uniform():
     generator = np.random.default_rng(2)
     held_out = np.sort(np.round(generator.random(37), 1))  # with ties
     scores = np.round(generator.random((4, 5)), 1)
-    found = p_values(torch.from_numpy(scores), torch.from_numpy(held_out)).numpy()
+    found = p_values(scores, held_out)
     for index in np.ndindex(scores.shape):
         assert found[index] == pytest.approx((1 + sum(held_out >= scores[index])) / 38)
     # With every one of n + 1 exchangeable scores as the new one in turn, P(p <= a) <= a exactly.
     together = np.round(generator.random(25), 1)
-    values = [
-        p_values(torch.tensor(together[i]), torch.from_numpy(np.sort(np.delete(together, i)))).item() for i in range(25)
-    ]
+    values = [p_values(together[i], np.sort(np.delete(together, i))) for i in range(25)]
     for level in np.linspace(0.04, 1, 97):
         assert np.mean(np.array(values) <= level) <= level + 1e-12
 
@@ -262,6 +263,7 @@ def test_another_held_out_image_changes_no_weight(tmp_path, data):
     assert not torch.equal(*(model.post_processor.reference_scores for model in models))
 
 
+@pytest.mark.long
 def test_thresholds_depend_on_no_test_or_validation_image(tmp_path, calibrated):
     for index, settings in enumerate(
         ({"test_good": 2, "val_defect": 2}, {"val_split_mode": ValSplitMode.SAME_AS_TEST})
@@ -311,7 +313,7 @@ GOOD_ONLY = {"val_split_mode": ValSplitMode.FROM_TRAIN}
     [
         ({"train_good": 40, "val_split_mode": ValSplitMode.SAME_AS_TEST}, 19, 21),
         pytest.param({"train_good": 40, "val_split_mode": ValSplitMode.NONE}, 19, 21, marks=pytest.mark.long),
-        ({"train_good": 40, "val_split_mode": ValSplitMode.FROM_DIR}, 0, 40),
+        pytest.param({"train_good": 40, "val_split_mode": ValSplitMode.FROM_DIR}, 0, 40, marks=pytest.mark.long),
         # Validation images, all good: enough of them, and too few.
         pytest.param({"train_good": 40, **GOOD_ONLY, "val_split_ratio": 0.5}, 20, 20, marks=pytest.mark.long),
         pytest.param({"train_good": 45, **GOOD_ONLY, "val_split_ratio": 0.1}, 19, 22, marks=pytest.mark.long),
@@ -487,6 +489,7 @@ def test_a_model_without_a_rate_exports_no_scores(export):
 # Resuming
 
 
+@pytest.mark.long
 def test_a_resumed_run_holds_out_the_same_images(tmp_path, data):
     whole = quick_model(epochs=4)
     make_engine(tmp_path / "whole").fit(whole, datamodule=data)
@@ -512,7 +515,7 @@ def test_a_run_that_was_cut_off_has_no_thresholds(tmp_path, data):
     cut = CflowPlugin.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")), weights_only=False).eval()
     with pytest.raises(CflowError, match=r"goes on with --ckpt_path last\.ckpt"):
         cut(torch.rand(1, 3, 64, 64))
-    with pytest.raises(CflowError, match="no scores of held-out"):
+    with pytest.raises(CflowError, match="no scores of reference images"):
         cut.to_openvino(tmp_path, input_size=(64, 64))
 
 

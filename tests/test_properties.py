@@ -66,8 +66,7 @@ def test_any_model_any_size_any_batch(model, size, images, part):
     torch.testing.assert_close(folded.pred_score, whole.pred_score, rtol=0, atol=5e-5)
 
 
-@pytest.mark.long
-@MANY
+@settings(MANY, max_examples=25)
 @given(MODELS, st.shared(SIZES, key="size"))
 @torch.no_grad()
 def test_less_likely_is_more_anomalous(model, size):

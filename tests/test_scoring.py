@@ -47,7 +47,7 @@ def test_map_against_the_formula(sigma):
     expected = np.zeros((3, *size))
     for scale, values in enumerate(test):
         normalizer = scoring.log_maximum[scale].double() + getattr(scoring, f"correction_{scale}").double()
-        probability = np.minimum(1, np.exp(values.double() - normalizer))
+        probability = (values.double() - normalizer).exp().clamp(max=1)
         up = functional.interpolate(probability[:, None], size, mode="bilinear", align_corners=True)[:, 0].numpy()
         if sigma:
             blur = {"sigma": (0, sigma, sigma), "mode": "constant", "truncate": 20}

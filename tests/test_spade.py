@@ -232,7 +232,7 @@ def test_scales_are_medians_of_training_images_distances(spade, textures):
 
 
 # Validation has anomalib clamp scores to the range it saw, which makes ties of what lies far beyond.
-@pytest.mark.parametrize(("validation", "contrast"), [(True, 100), (False, 3000)])
+@pytest.mark.parametrize(("validation", "contrast"), [(True, 100), pytest.param(False, 3000, marks=pytest.mark.long)])
 def test_metrics_equal_scikit_learn_s_on_raw_distances(textures, tmp_path, validation, contrast):
     """torchmetrics would take distances above one for logits, and saturate them where validation has not run."""
     theirs = [
@@ -254,6 +254,7 @@ def test_metrics_equal_scikit_learn_s_on_raw_distances(textures, tmp_path, valid
     assert written["pixel_AUROC"] == pytest.approx(metrics["pixel_AUROC"], abs=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half_precision", [False, True])
 def test_a_checkpoint_brings_the_gallery_with_it(textures, tmp_path, half_precision):
     model = Spade(**{**UNTRAINED, "image_size": (64, 64)}, pre_trained=False, half_precision=half_precision, k=2)
