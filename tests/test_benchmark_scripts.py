@@ -2,7 +2,7 @@ import runpy
 
 import pytest
 
-from tests.conftest import ROOT
+from .conftest import ROOT
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
