@@ -21,6 +21,7 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 from scipy import ndimage
+from sklearn.metrics import auc
 from training import in_own_process, publish
 
 from cflow_plugin.commands.machine import peak_resident_bytes
@@ -121,8 +122,8 @@ def exact(images: int, size: int, anomalous: float, fpr_limit: float = 0.3) -> d
     inside = fpr <= fpr_limit
     limited_fpr = np.append(fpr[inside], fpr_limit)
     limited_overlap = np.append(overlap[inside], np.interp(fpr_limit, fpr, overlap))
-    area = np.trapezoid(limited_overlap, limited_fpr) / fpr_limit
-    return {"AUROC": float(np.trapezoid(tpr, fpr)), "AUPRO": float(area)}
+    area = auc(limited_fpr, limited_overlap) / fpr_limit
+    return {"AUROC": float(auc(fpr, tpr)), "AUPRO": float(area)}
 
 
 def _resident_bytes() -> int:

@@ -115,7 +115,7 @@ def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path, monkeypatch
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="No space"):
         files.save_checkpoint({"state": torch.ones(3)}, path)
     assert path.read_bytes() == before
@@ -168,13 +168,13 @@ def test_the_file_that_others_are_found_by_is_never_there_with_another_s(tmp_pat
     for name in ("model.xml", "model.bin"):
         (tmp_path / name).write_text("old")
     moves = []
-    replace = os.replace
+    replace = Path.replace
 
     def watch(source, target):
         moves.append({path.name: path.read_text() for path in tmp_path.glob("model.*")})
         replace(source, target)
 
-    monkeypatch.setattr("os.replace", watch)
+    monkeypatch.setattr(Path, "replace", watch)
     with atomic_folder(tmp_path, "model.xml") as passing:
         for name in ("model.xml", "model.bin"):
             (passing / name).write_text("new")

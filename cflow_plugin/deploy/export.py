@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_scores import KEY
-from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, note_in_onnx
+from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, free_dimensions, note_in_onnx
 from cflow_plugin.deploy.quantization import check_data, compress
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
@@ -51,7 +51,7 @@ class FoldedExport(_Base):
         """
         self.check_exportable()
         # What the exporter writes by itself; an older version would be asked of it in vain.
-        kwargs = {"opset_version": 18, "verbose": False, **kwargs}
+        kwargs = {"opset_version": 18, "verbose": False, "dynamic_shapes": free_dimensions(input_size), **kwargs}
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
             written = InferenceGraph(self, input_size).to_onnx(partial, model_file_name, input_size, **kwargs)

@@ -1,6 +1,6 @@
 """A trained model as an ONNX or OpenVINO graph, pre- and post-processing included."""
 
-__all__ = ["InferenceGraph", "convert_to_openvino", "note_in_onnx"]
+__all__ = ["InferenceGraph", "convert_to_openvino", "free_dimensions", "note_in_onnx"]
 
 import logging
 from collections.abc import Mapping
@@ -112,8 +112,8 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
     example = torch.zeros(2, 3, *inference.size)
     with torch.no_grad():
         names = [name for name, value in inference(example)._asdict().items() if value is not None]
-        batch = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(_Outputs(inference), (example,), dynamic_shapes=batch, strict=False)
+        free = free_dimensions(inference.size)
+        program = torch.export.export(_Outputs(inference), (example,), dynamic_shapes=free, strict=False)
     converted = ov.convert_model(program, **arguments)
     converted.inputs[0].get_tensor().set_names({"input"})
     converted.reshape([converted.input(0).partial_shape[0], 3, *inference.size])
@@ -130,6 +130,17 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
     _keep_positions_in_parts(converted, inference.model)
     _name_matrix_products(converted, inference.model)
     return converted
+
+
+def free_dimensions(input_size: tuple[int, int] | None) -> tuple[dict[int, Any]]:
+    """Which dimensions of the images ``(B, 3, H, W)`` an exported graph leaves open, as torch takes them.
+
+    Args:
+        input_size: Height and width where they are fixed.
+    """
+    names = {0: "batch_size"} if input_size else {0: "batch_size", 2: "height", 3: "width"}
+    # A bound, since torch 2.7 takes "any size" for one more than what it then checks for.
+    return ({axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in names.items()},)
 
 
 def note_in_onnx(path: Path, notes: Mapping[str, str]) -> None:

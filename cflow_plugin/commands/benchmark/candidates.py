@@ -32,6 +32,8 @@ from torch import nn
 
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.baselines.spade import Spade
+from cflow_plugin.deploy.graph import convert_to_openvino, free_dimensions
+from cflow_plugin.deploy.quantization import quantize
 from cflow_plugin.model.encoder import BACKBONES, Encoder
 from cflow_plugin.training.lightning_model import CflowPlugin
 
@@ -229,7 +231,7 @@ def export_model(model: AnomalibModule | EncoderAlone, candidate: Candidate, fol
 
 def _export_encoder(model: EncoderAlone, candidate: Candidate, folder: Path) -> Path:
     example = torch.zeros(2, 3, candidate.size, candidate.size)
-    shapes = ({0: torch.export.Dim("batch")},)
+    shapes = free_dimensions((candidate.size, candidate.size))
     if candidate.runtime == "onnxruntime":
         path = folder / "encoder.onnx"
         torch.onnx.export(model, (example,), path, dynamo=True, dynamic_shapes=shapes, opset_version=18, verbose=False)
@@ -245,9 +247,6 @@ def _export_encoder(model: EncoderAlone, candidate: Candidate, folder: Path) -> 
 
 
 def _quantized(model: CflowPlugin, candidate: Candidate, folder: Path) -> Path:
-    from cflow_plugin.deploy.graph import convert_to_openvino
-    from cflow_plugin.deploy.quantization import quantize
-
     converted = quantize(convert_to_openvino(model, (candidate.size, candidate.size)), _random_images(candidate.size))
     path = folder / "model.xml"
     ov.save_model(converted, path)
