@@ -100,7 +100,7 @@ def test_anomalib_s_inferencers(trained, export, tmp_path, monkeypatch):
         ("mobilenetv3_large_100", (64, 64)),
         ("mobilenetv3_large_100", (64, 300)),
         ("gabor", (64, 1024)),
-        ("gabor", (1024, 1024)),
+        ("gabor", (512, 512)),
     ],
     ids=str,
 )
