@@ -29,6 +29,7 @@ def test_one_is_found_by_its_name(name, capsys):
     assert capsys.readouterr().out == f"{ROOT / 'configs/mvtec_ad/screw.yaml'}\n"
 
 
+@pytest.mark.long
 def test_the_command(tmp_path):
     out = run_command("cflow-plugin", "configs", "--name", "demo", cwd=tmp_path)
     assert out.splitlines()[-1] == str(ROOT / "configs/demo.yaml")

@@ -231,7 +231,9 @@ def test_without_images_it_does_not_score(small, tmp_path):
         pytest.param(
             NAME.format("mobilenet_v3_large").replace("inp64", "inp96"), (96, 96), 0.485, marks=pytest.mark.long
         ),
-        ("stc_mobilenet_v3_large_freia-cflow_pl1_cb2_inp64_run0_01.pt", (64, 64), 0.5),
+        pytest.param(
+            "stc_mobilenet_v3_large_freia-cflow_pl1_cb2_inp64_run0_01.pt", (64, 64), 0.5, marks=pytest.mark.long
+        ),
         pytest.param("renamed.pt", (256, 256), 0.485, marks=pytest.mark.long),
     ],
 )

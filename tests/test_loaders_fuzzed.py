@@ -24,7 +24,7 @@ from cflow_plugin.training.checkpoints import CheckpointFiles
 
 PICTURE = Image.fromarray(draw("weave", "hole", "test", 3, size=64).image)
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".webp": "WEBP", ".ppm": "PPM"}
-MANY = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def damage(data: bytes, where: list[float], what: list[int], length: float) -> bytes:
@@ -106,7 +106,7 @@ def test_other_files(name, files, tmp_path, caplog):
     source = files / name.split(",")[0]
     whole, path = source.read_bytes(), tmp_path / source.name
 
-    @settings(MANY, max_examples=50 if name.endswith("model") else 200)  # a model is built anew each time
+    @settings(MANY, max_examples=50 if name.endswith("model") else 100)  # a model is built anew each time
     @given(PLACES, VALUES, LENGTHS)
     def check(where, what, length):
         path.write_bytes(damage(whole, where, what, length))

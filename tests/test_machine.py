@@ -73,6 +73,7 @@ def test_the_unit_of_getrusage(elsewhere, monkeypatch, platform, unit):
     assert peak_resident_bytes() == 1000 * unit
 
 
+@pytest.mark.long
 def test_the_commands_start_where_there_is_no_resource():
     program = (
         "import sys, psutil  # which on Linux needs it itself\n"

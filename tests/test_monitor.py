@@ -79,7 +79,8 @@ def test_p_values_are_uniform_and_independent(decimals):
     assert abs(correlations).max() < 4 / 1000**0.5
 
 
-@pytest.mark.parametrize("error_rate", [0.2, pytest.param(0.05, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("error_rate", [0.2, 0.05])
 def test_false_alarms_are_as_rare_as_stated(error_rate):
     generator = np.random.default_rng(3)
     streams = 400

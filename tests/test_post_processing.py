@@ -143,6 +143,7 @@ def test_one_draw_s_rate_follows_a_beta_distribution():
     assert kstest(true_rates, beta(6, images + 1 - 6).cdf).pvalue > 1e-3
 
 
+@pytest.mark.long
 def test_pixels_are_tested_together():
     """Normal maps of dependent pixels: the share that shows any anomalous pixel at all is the asked one."""
     generator = torch.Generator().manual_seed(0)
@@ -246,6 +247,7 @@ def test_held_out_images_are_scored_as_new_ones_and_not_trained_on(calibrated, d
     torch.testing.assert_close(model.post_processor.reference_maxima, result.anomaly_map.amax((1, 2, 3)).sort().values)
 
 
+@pytest.mark.long
 def test_another_held_out_image_changes_no_weight(tmp_path, data):
     """The weights and scoring constants may not depend on what a held-out image shows."""
     models = []
@@ -371,10 +373,19 @@ def test_given_images_are_reason_enough_for_a_rate(tmp_path, data):
     [
         (ValSplitMode.SAME_AS_TEST, {"target_false_alarm_rate": None}, "are the test images"),
         (ValSplitMode.SAME_AS_TEST, {"target_false_alarm_rate": "auto"}, "are the test images"),  # too few to hold out
-        (ValSplitMode.SAME_AS_TEST, {"target_false_alarm_rate": "auto", "post_processor": PostProcessor()}, "are the"),
-        (ValSplitMode.FROM_TRAIN, {"target_false_alarm_rate": "auto"}, "shows a defect"),
         (ValSplitMode.SAME_AS_TEST, {}, None),
-        (ValSplitMode.FROM_DIR, {"target_false_alarm_rate": "auto"}, None),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in [
+                (
+                    ValSplitMode.SAME_AS_TEST,
+                    {"target_false_alarm_rate": "auto", "post_processor": PostProcessor()},
+                    "are the",
+                ),
+                (ValSplitMode.FROM_TRAIN, {"target_false_alarm_rate": "auto"}, "shows a defect"),
+                (ValSplitMode.FROM_DIR, {"target_false_alarm_rate": "auto"}, None),
+            ]
+        ),
     ],
 )
 def test_thresholds_that_cannot_be_trusted_are_warned_of(tmp_path, data, caplog, mode, settings, warned):

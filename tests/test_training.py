@@ -85,6 +85,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path, textures):
     assert not torch.equal(models[0].model.scoring.log_maximum, models[2].model.scoring.log_maximum)
 
 
+@pytest.mark.long
 def test_constants_depend_on_training_images_alone(tmp_path, textures):
     constants = []
     # The data sets differ in all that is not for training.
@@ -122,6 +123,7 @@ def test_features_beyond_the_memory_s_limit(tmp_path, textures, monkeypatch):
     assert torch.isfinite(model.eval()(torch.rand(1, 3, 64, 64)).anomaly_map).all()
 
 
+@pytest.mark.long
 def test_a_checkpoint_brings_everything_with_it(trained, textures, tmp_path):
     path = tmp_path / "model.ckpt"
     engine = make_engine(tmp_path)
@@ -164,7 +166,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "settings", [{"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str
+    "settings",
+    [
+        {"gradient_clip_val": 0.1},
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.long),
+        pytest.param({"accumulate_grad_batches": 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_lightning_s_options(tmp_path, textures, settings):
     model = quick_model(steps_per_epoch=4)
@@ -182,6 +190,7 @@ def test_what_is_logged(tmp_path, textures):
     assert abs(logged["train_nll_scale1"]) < 10
 
 
+@pytest.mark.long
 def test_schedules(tmp_path, textures):
     rates = []
 
@@ -214,6 +223,7 @@ def test_steps_of_a_whole_pass(tmp_path, textures):
     assert engine.trainer.global_step == 6
 
 
+@pytest.mark.long
 def test_augmented_images_are_encoded_anew(tmp_path, textures, caplog):
     def extractions(folder, **settings):
         caplog.clear()
@@ -245,6 +255,7 @@ def test_impossible_settings_are_refused(setting, value):
         CflowPlugin(**{**QUICK, setting: value})
 
 
+@pytest.mark.long
 def test_metrics_in_a_file(tmp_path, textures):
     engine = make_engine(tmp_path)
     engine.train(quick_model(), datamodule=textures)

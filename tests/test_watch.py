@@ -101,6 +101,7 @@ def test_overlays_of_images_that_differ_by_their_suffix(exported, pictures, tmp_
     assert overlays == {"a.png", "a.jpg.png", "a.BMP.png", "score_over_time.png", "deeper/ü.png"}
 
 
+@pytest.mark.long
 def test_an_earlier_run_s_table_is_kept(exported, clip, tmp_path):
     watch(exported, str(clip[0]), tmp_path / "out", overlays=False, limit=7)
     watch(exported, str(clip[0]), tmp_path / "out", overlays=False, limit=2)
@@ -270,6 +271,7 @@ def test_a_video_longer_than_its_truth(exported, tmp_path, caplog):
     assert cv2.VideoCapture(str(tmp_path / "out/overlay.avi")).get(cv2.CAP_PROP_FPS) == pytest.approx(10)
 
 
+@pytest.mark.long
 def test_metrics_of_an_earlier_run_do_not_stay(exported, clip, tmp_path, caplog):
     watch(exported, str(clip[0]), tmp_path / "out", overlays=False, truth=tmp_path / "truth.npy")
     assert (tmp_path / "out/metrics.json").is_file()
@@ -280,6 +282,7 @@ def test_metrics_of_an_earlier_run_do_not_stay(exported, clip, tmp_path, caplog)
     assert not (tmp_path / "out/metrics.json").exists()
 
 
+@pytest.mark.long
 def test_rows_are_there_while_it_runs(exported, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 64))
     for shade in range(400):
