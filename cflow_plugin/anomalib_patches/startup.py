@@ -52,12 +52,23 @@ class _Loader:
             warnings.simplefilter("ignore", FutureWarning)
             self._loader.exec_module(module)
         for name, function in self._ours:
-            try:
-                __import__(name)
-                if function:
-                    getattr(sys.modules[name], function)()
-            except Exception as error:  # a broken plug-in must not break anomalib
-                print(f"cflow_plugin could not be loaded ({type(error).__name__}: {error})", file=sys.stderr)
+            _load(name, function)
+
+
+# What waits for a module of ours that is being imported itself, and has led to anomalib's import.
+_waiting = []
+
+
+def _load(name, function):
+    try:
+        __import__(name)
+        if function:
+            getattr(sys.modules[name], function)()
+    except Exception as error:  # a broken plug-in must not break anomalib
+        if "partially initialized module 'cflow_plugin" in str(error):
+            _waiting.append((name, function))
+        else:
+            print(f"cflow_plugin could not be loaded ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 class _Finder:
@@ -65,6 +76,11 @@ class _Finder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
+        if _waiting and not name.startswith("cflow_plugin"):
+            todo = list(_waiting)
+            _waiting.clear()
+            for one, function in todo:
+                _load(one, function)
         if name not in _AFTER:
             return None
         from importlib.machinery import PathFinder
