@@ -84,7 +84,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    node.config.stash.setdefault(peaks, {})[node.gateway.id] = node.workeroutput.get("peak_memory", float("nan"))
+    found = getattr(node, "workeroutput", {})  # a worker that died has none
+    node.config.stash.setdefault(peaks, {})[node.gateway.id] = found.get("peak_memory", float("nan"))
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
