@@ -89,7 +89,7 @@ def test_the_command(tmp_path):
     assert len(results) == 4
     assert results["settings"].nunique() == 2
     report = (tmp_path / "out/report.md").read_text()
-    rows = re.findall(r"^\| (small|UFLOW) \|", report, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (small|UFLOW) +\|", report, flags=re.MULTILINE)
     assert rows[:2] == ["small", "UFLOW"]
 
 

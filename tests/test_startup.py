@@ -66,6 +66,8 @@ def test_other_programs_do_not_meet_it():
         "cflow_plugin.data",
         "cflow_plugin.training.lightning_model",
         "cflow_plugin.baselines.spade",
+        "cflow_plugin.deploy.export",
+        "cflow_plugin.training.one_class",
     ],
 )
 def test_names_are_known_whatever_is_imported_first(first, warm_python):
