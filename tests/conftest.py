@@ -213,9 +213,7 @@ def run_command(
     full = [str(program), *map(str, command[1:])]
     variables = {**os.environ, "COLUMNS": "200", **environment}
     if not fresh and command[0] in {"anomalib", "cflow-plugin"}:
-        with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-            status = warm_process().run(full, cwd, variables, Path(log.name))
-            out = log.read()
+        status, out = run_warm(full, cwd, variables)
     else:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         finished = subprocess.run(full, cwd=cwd, env=variables, **pipes, text=True)
@@ -223,6 +221,26 @@ def run_command(
     if expect is not None:
         assert status == expect, out[-4000:]
     return out
+
+
+def run_warm(full: list[str], cwd: Path, variables: dict[str, str]) -> tuple[int, str]:
+    """Run a Python program's file (or ``-c`` and code) behind its imports; its exit status and what it printed."""
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        status = warm_process().run(full, cwd, variables, Path(log.name))
+        return status, log.read()
+
+
+def call_in_a_copy(function: Callable, *arguments: object) -> None:
+    """Call a function of a test file behind its imports, in a process of its own; it has no threads and may be forked.
+
+    Args:
+        function: What to call; its assertions count.
+        arguments: What ``eval`` understands when ``repr`` has written it.
+    """
+    name = function.__name__
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {function.__module__} import {name}; "
+    status, out = run_warm(["-c", f"{code}{name}(*{arguments!r})"], ROOT, {**os.environ})
+    assert status == 0, out[-4000:]
 
 
 def run_in_small_space(folder, size: str, command: list) -> subprocess.CompletedProcess:

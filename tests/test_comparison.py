@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from cflow_plugin.commands.compare.cell import Cell, EncoderChoice, Variant, bui
 from cflow_plugin.commands.compare.record import Recorder, _bin, _value
 from cflow_plugin.commands.compare.tables import accuracy_tables, published_tables, summary_table
 
-from .conftest import QUICK, run_command
+from .conftest import QUICK, once, run_command
 
 SMALL = {**QUICK, "image_size": [64, 64], "epochs": 1, "steps_per_epoch": 4}
 DATA = {
@@ -31,14 +32,17 @@ DATA = {
 }
 
 
+VARIANTS = {
+    "small": {"model": "CflowPlugin", "settings": SMALL},
+    "UFLOW": {"model": "CflowPlugin", "settings": {**SMALL, "condition_dims": 0}},
+}
+
+
 def config_file(folder: Path, **settings: object) -> str:
     config = {
         "data": [DATA],
         "models": [],
-        "variants": {
-            "small": {"model": "CflowPlugin", "settings": SMALL},
-            "UFLOW": {"model": "CflowPlugin", "settings": {**SMALL, "condition_dims": 0}},
-        },
+        "variants": VARIANTS,
         "encoders": [{"backbone": "gabor"}],
         "threads": 1,
         "output": "out",
@@ -48,89 +52,105 @@ def config_file(folder: Path, **settings: object) -> str:
     return "compare.yaml"
 
 
+def compared_once(common: Path) -> Path:
+    """A folder with a comparison, the first of whose cells failed: a process for each cell takes long to start."""
+
+    def compare(folder: Path) -> None:
+        broken = {"broken": {"model": "CflowPlugin", "settings": {**SMALL, "noise": -1.0}}}
+        name = config_file(folder, variants={**broken, **VARIANTS})
+        out = run_command("cflow-plugin", "compare", "--config", name, cwd=folder, expect=1)
+        (folder / "log.txt").write_text(out)
+
+    return once(common / "compared", compare)
+
+
+@pytest.fixture(scope="module")
+def compared(common):
+    return compared_once(common)
+
+
+def assert_complete(report: str, results: pd.DataFrame) -> None:
+    for row in results.itertuples():
+        assert f"{row.pixel_AUROC:.4f}" in report
+    assert "98.62" in report
+    assert "CutPaste" in report
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_command(tmp_path):
-    name = config_file(tmp_path, seeds=[0, 1])
-    both = yaml.safe_load((tmp_path / name).read_text())
-    one = {**both, "variants": {"small": both["variants"]["small"]}}
-    (tmp_path / name).write_text(yaml.safe_dump(one, sort_keys=False))
-    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path)
-    results = pd.read_csv(tmp_path / "out/results.csv")
-    assert [(row.model, row.seed) for row in results.itertuples()] == [("small", 0), ("small", 1)]
+@pytest.mark.xdist_group("compared")  # or one worker would wait for the other
+def test_the_command(compared):
+    results = pd.read_csv(compared / "out/results.csv")
+    assert [(row.model, row.seed) for row in results.itertuples()] == [("small", 0), ("UFLOW", 0)]
+    assert results["settings"].nunique() == 2
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
         assert results[metric].between(0, 1).all()
     assert (results[["train_seconds", "test_seconds", "peak_memory_mb", "size_mb"]] > 0).all(axis=None)
     # What the file says is what the recorded scores say.
     for row in results.itertuples():
-        with np.load(tmp_path / "out/cells" / row.key / "record.npz") as record:
+        with np.load(compared / "out/cells" / row.key / "record.npz") as record:
             exact = roc_auc_score(record["image_labels"], record["image_scores"])
         assert row.image_AUROC == pytest.approx(exact, abs=1e-6)
-        assert not (tmp_path / "out/cells" / row.key / "training").exists()
-    html = (tmp_path / "out/report.html").read_text()
+        assert not (compared / "out/cells" / row.key / "training").exists()
+    html = (compared / "out/report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html), "the report must not need other files"
-    mean = results[results["model"] == "small"]["pixel_AUROC"].mean()
-    text = (tmp_path / "out/report.md").read_text()
+    text = (compared / "out/report.md").read_text()
     for report in (html, text):
-        assert f"{mean:.4f} ± " in report
-        assert "98.62" in report
-        assert "CutPaste" in report
+        assert_complete(report, results)
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (tmp_path / "out" / picture).stat().st_size > 1000
-    assert "the last epoch" in out
-
-    # Again, with one more variant: only that one is trained.
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cells").rglob("record.npz")}
-    (tmp_path / name).write_text(yaml.safe_dump(both, sort_keys=False))
-    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path)
-    assert "2 of 4 cells are done already" in out
-    assert {path: path.stat().st_mtime_ns for path in written} == written
-    results = pd.read_csv(tmp_path / "out/results.csv")
-    assert len(results) == 4
-    assert results["settings"].nunique() == 2
-    report = (tmp_path / "out/report.md").read_text()
-    rows = re.findall(r"^\| (small|UFLOW) +\|", report, flags=re.MULTILINE)
+        assert (compared / "out" / picture).stat().st_size > 1000
+    rows = re.findall(r"^\| (small|UFLOW) +\|", text, flags=re.MULTILINE)
     assert rows[:2] == ["small", "UFLOW"]
+    assert "the last epoch" in (compared / "log.txt").read_text()
 
 
 @pytest.mark.long
-def test_a_killed_comparison_goes_on(tmp_path):
-    name = config_file(tmp_path)
+@pytest.mark.timeout(900)
+@pytest.mark.xdist_group("compared")  # or one worker would wait for the other
+def test_one_failure_does_not_cost_the_others(compared):
+    out = (compared / "log.txt").read_text()
+    assert out.strip().splitlines()[-1].startswith("error: 1 of 3 cells failed")
+    assert list(pd.read_csv(compared / "out/results.csv")["model"]) == ["small", "UFLOW"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.xdist_group("compared")  # or one worker would wait for the other
+def test_a_killed_comparison_goes_on(compared, tmp_path):
+    """Only what is not there yet is trained: of two seeds the second one, and that one again if it was cut off."""
+    shutil.copytree(compared / "out", tmp_path / "out")
+    file, cells = tmp_path / "out/results.csv", tmp_path / "out/cells"
+    first = pd.read_csv(file)
+    written = {path: path.stat().st_mtime_ns for path in cells.rglob("record.npz")}
+    name = config_file(tmp_path, variants={"small": VARIANTS["small"]}, seeds=[0, 1])
     program = Path(sys.executable).parent / "cflow-plugin"
     process = subprocess.Popen(
         [program, "compare", "--config", name], cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL
     )
-    file = tmp_path / "out/results.csv"
     deadline = time.monotonic() + 300
-    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)  # into the second cell
+    while not list(cells.glob("*/training")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    first = pd.read_csv(file)
+    assert process.wait() == -signal.SIGKILL
+    pd.testing.assert_frame_equal(pd.read_csv(file), first)
+    assert list(cells.glob("small-*-1-*/training"))
+
     out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path)
-    assert f"{len(first)} of 2 cells are done already" in out
+    assert "1 of 2 cells are done already" in out
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert not list(cells.glob("*/training"))
     results = pd.read_csv(file)
-    assert list(results["model"]) == ["small", "UFLOW"]
-    pd.testing.assert_frame_equal(results.head(len(first)), first, check_dtype=False)
-
-
-@pytest.mark.long
-def test_one_failure_does_not_cost_the_others(tmp_path):
-    variants = {
-        "broken": {"model": "CflowPlugin", "settings": {**SMALL, "noise": -1.0}},
-        "small": {"model": "CflowPlugin", "settings": SMALL},
-    }
-    name = config_file(tmp_path, variants=variants)
-    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path, expect=1)
-    assert out.strip().splitlines()[-1].startswith("error: 1 of 2 cells failed")
-    assert list(pd.read_csv(tmp_path / "out/results.csv")["model"]) == ["small"]
+    assert [(row.model, row.seed) for row in results.itertuples()] == [("small", 0), ("UFLOW", 0), ("small", 1)]
+    pd.testing.assert_frame_equal(results.head(2), first, check_dtype=False)
+    mean = results[results["model"] == "small"]["pixel_AUROC"].mean()
+    for report in ("report.html", "report.md"):
+        assert f"{mean:.4f} ± " in (tmp_path / "out" / report).read_text()
 
 
 @pytest.mark.long
 def test_mistakes_are_named(tmp_path):
     name = config_file(tmp_path, models=["Padam"])
-    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path, expect=1, fresh=True)
+    out = run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path, expect=1)
     assert "no model 'Padam'" in out
     encoders = [{"backbone": "resnet18", "weights": "none.safetensors"}]
     name = config_file(tmp_path, encoders=encoders)

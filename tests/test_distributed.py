@@ -47,7 +47,7 @@ def results_of(folder: Path) -> tuple[dict, dict, set[str]]:
 @pytest.mark.long
 def test_two_processes_do_what_one_does(tmp_path):
     name = config_file(tmp_path)
-    run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path, fresh=True)
+    run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path)
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     said = run_command("anomalib", "train", "--config", name, "--default_root_dir", "two", *ddp, cwd=tmp_path)
     assert len(re.findall(r"Extracting the features of\s+\d+\s+training\s+images", said)) == 1

@@ -1,6 +1,9 @@
 import itertools
+import json
 import logging
 import math
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +14,7 @@ from anomalib.data import ImageBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
@@ -19,6 +23,8 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.metrics import AUPRO, AUROC, ranked
 from cflow_plugin.metrics.bins import join_bins, sum_by_key, to_keys
 from cflow_plugin.metrics.evaluator import CflowEvaluator
+
+from .conftest import call_in_a_copy
 
 FIELDS = ["anomaly_map", "gt_mask"]
 
@@ -327,11 +333,15 @@ def _one_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+def _both(folder):
+    torch.multiprocessing.start_processes(_one_of_two, (folder,), nprocs=2, start_method="fork")
+
+
 @pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
     maps, masks = smooth_maps(9, 32)
     expected = {"AUROC": auroc(maps, masks).compute().item(), "AUPRO": aupro(maps, masks).compute().item()}
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path,), nprocs=2)
+    call_in_a_copy(_both, str(tmp_path))
     results = [torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1)]
     for case, plan in CASES.items():
         for name, exact in expected.items():
@@ -365,19 +375,34 @@ def _collate(parts):
     return ImageBatch(image, gt_mask=masks, gt_label=labels, pred_label=results["pred_score"] > 0.5, **results)
 
 
-@pytest.mark.long
-def test_a_process_that_meets_only_good_images(tmp_path):
+def _with_good_ones():
     maps, masks = smooth_maps(8, 32)
     masks[::2] = False
-    loader = DataLoader(list(zip(maps, masks, strict=True)), batch_size=2, collate_fn=_collate)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "strategy": "ddp_spawn",
-    }
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=2, **quiet)
+    return maps, masks
+
+
+def _replay_one_of_two(rank, folder, port):
+    # As Lightning's launcher tells the processes that it starts who they are.
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    loader = DataLoader(list(zip(*_with_good_ones(), strict=True)), batch_size=2, collate_fn=_collate)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=folder, accelerator="cpu", devices=2, strategy="ddp", **quiet)
+    assert trainer.world_size == 2
     [metrics] = trainer.test(Replay(), loader, verbose=False)
+    Path(folder, f"{rank}.json").write_text(json.dumps(metrics))
+
+
+def _replay(folder):
+    arguments = (folder, find_free_network_port())
+    torch.multiprocessing.start_processes(_replay_one_of_two, arguments, nprocs=2, start_method="fork")
+
+
+@pytest.mark.long
+def test_a_process_that_meets_only_good_images(tmp_path):
+    call_in_a_copy(_replay, str(tmp_path))
+    metrics, others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert metrics == others
+    maps, masks = _with_good_ones()
     labels, scores = masks.any((1, 2)), maps.max((1, 2))
     assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-7)
     assert metrics["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-7)

@@ -11,7 +11,7 @@ from cflow_plugin import CflowError
 from cflow_plugin.commands.score import score
 
 from .conftest import run_command
-from .test_comparison import config_file
+from .test_comparison import compared_once, config_file
 from .test_score import draw_pictures, read
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "cflow-plugin[ray]"')
@@ -91,7 +91,7 @@ def test_no_cluster_and_no_room(cluster, exported, tmp_path):
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
-def test_a_worker_of_a_comparison_is_killed(cluster, tmp_path):
+def test_a_worker_of_a_comparison_is_killed(cluster, common, tmp_path):
     """Its cell is trained again, once; the others are not, and nothing is left half-written. All is as without Ray."""
     seeds = [0]
     name = config_file(tmp_path, seeds=seeds)
@@ -124,8 +124,7 @@ def test_a_worker_of_a_comparison_is_killed(cluster, tmp_path):
     report = (tmp_path / "out/report.md").read_text()
     assert report.index("| small ") < report.index("| UFLOW ")
     assert "2 of 2 cells are done already" in run_command(*command, cwd=tmp_path)
-    run_command("cflow-plugin", "compare", "--config", name, "--output", "here", cwd=tmp_path)
-    here = pd.read_csv(tmp_path / "here/results.csv").set_index("key")
+    here = pd.read_csv(compared_once(common) / "out/results.csv").set_index("key")
     assert len(here) == 2
     for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
         found = results.set_index("key")[metric][here.index]

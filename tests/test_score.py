@@ -212,7 +212,8 @@ def test_without_ray_a_sentence(exported, pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_killed_and_started_again(exported, tmp_path):
+def test_killed_and_started_again(export, tmp_path):
+    exported = export(None)
     folder = draw_pictures(tmp_path / "pictures", 40)
     for number in range(1, 25):  # enough that the kill comes in time
         shutil.copytree(folder / "deeper", folder / f"copy {number}")

@@ -371,9 +371,8 @@ def test_the_command_line(tmp_path):
 
 @pytest.mark.long
 def test_anomalib_s_benchmark(tmp_path):
-    settings = {"backbone": "gabor", "layers": ["scale1", "scale2"], "image_layer": "scale3"}
-    data = {"class_path": "Textures", "init_args": {"resolution": 64, "train_good": 6}}
-    model = {"class_path": "Spade", "init_args": settings}
+    data = {"class_path": "Textures", "init_args": {"resolution": 64, "train_good": 6, "test_good": 4}}
+    model = {"class_path": "Spade", "init_args": {**SMALL, "image_size": [64, 64]}}
     config = {"accelerator": ["cpu"], "benchmark": {"seed": 0, "model": model, "data": data}}
     (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
     run_command("anomalib", "benchmark", "--config", "benchmark.yaml", cwd=tmp_path)
@@ -385,7 +384,7 @@ def test_anomalib_s_benchmark(tmp_path):
 @pytest.mark.shared
 def test_real_images_with_real_weights(tmp_path):
     weights = str(SHARED / "weights" / "resnet18.tv_in1k-layer1-3.safetensors")
-    model = Spade(backbone="resnet18", image_layer="layer3", weights=weights)
+    model = Spade(backbone="resnet18", image_layer="layer3", weights=weights, image_size=(128, 128))
     data = MVTecAD(root=SHARED / "data", category="cookies", num_workers=0)
     labels, scores, masks, maps = [], [], [], []
 

@@ -157,7 +157,7 @@ def test_a_video_that_is_cut_off(exported, tmp_path, caplog):
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
+def test_a_run_that_is_killed_leaves_a_video_that_plays(export, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (320, 240))
     for image in np.random.default_rng(3).integers(0, 255, (10, 240, 320, 3), dtype=np.uint8):
         for _ in range(100):
@@ -166,7 +166,7 @@ def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
     out = tmp_path / "out"
     program = Path(sys.executable).parent / "cflow-plugin"
     process = subprocess.Popen(
-        [program, "watch", "--model", exported, "--source", tmp_path / "film.avi", "--output", out]
+        [program, "watch", "--model", export(None), "--source", tmp_path / "film.avi", "--output", out]
     )
     try:
         while process.poll() is None and (len(read_scores(out)) if (out / "scores.csv").exists() else 0) < 200:
