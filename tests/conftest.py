@@ -9,6 +9,7 @@ import ctypes
 import functools
 import gc
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -55,6 +56,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "shared" in item.keywords:
                 item.add_marker(skip)
+
+
+# Tests that one worker has to itself: what they share takes long to make, or they would be in each other's way.
+# xdist's own marks for that (3.8) have no effect with pytest 9.2.
+TOGETHER = (
+    r"test_ray\.py",  # one cluster at a time
+    r"test_startup\.py",  # one warm process
+    r"test_comparison\.py::test_(the_command|one_failure|a_killed)",
+    r"test_post_processing\.py::test_(exports_decide|an_exported_model)",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> object | None:
+    from xdist.scheduler import LoadScopeScheduling
+
+    if config.getvalue("dist") != "loadscope":
+        return None
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for group in TOGETHER if re.search(group, nodeid)), nodeid)
+
+    return Scheduling(config, log)
 
 
 # Memory: two workers have to fit beside each other, with what they start.
@@ -190,6 +215,17 @@ def export_blind_to_black(export: Callable[..., Path], tmp_path_factory: pytest.
     path = tmp_path_factory.mktemp("blind") / "model.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def wheel(common: Path) -> Path:
+    """This package's."""
+
+    def build(folder: Path) -> None:
+        run_command("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+
+    [built] = once(common / "wheel", build).glob("cflow_plugin-*.whl")
+    return built
 
 
 @functools.cache

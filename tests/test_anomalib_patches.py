@@ -5,6 +5,7 @@
 
 import importlib.util
 import logging
+import os
 import re
 import sys
 
@@ -31,7 +32,7 @@ from cflow_plugin.anomalib_patches.traced_checks import is_shape_check
 from cflow_plugin.data import Textures
 from cflow_plugin.model.encoder import Encoder
 
-from .conftest import QUICK, make_engine, make_textures, run_command
+from .conftest import QUICK, make_engine, make_textures, run_command, run_warm
 from .test_distributed import config_file
 
 # registration.py
@@ -219,8 +220,10 @@ main()
 @pytest.mark.long
 def test_without_a_shared_results_folder(tmp_path):
     (tmp_path / "separate.py").write_text(SEPARATE)
-    command = ["separate.py", "train", "--config", config_file(tmp_path), "--default_root_dir", "out"]
-    run_command("python", *command, "--trainer.strategy", "ddp", "--trainer.devices", "2", cwd=tmp_path)
+    command = [str(tmp_path / "separate.py"), "train", "--config", config_file(tmp_path), "--default_root_dir", "out"]
+    command += ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    status, out = run_warm(command, tmp_path, {**os.environ})
+    assert status == 0, out[-4000:]
     folders = [path for path in (tmp_path / "out/CflowPlugin/Textures/weave").iterdir() if not path.is_symlink()]
     assert len(folders) == 2
 

@@ -254,10 +254,8 @@ def test_errors_are_one_sentence(tmp_path, arguments, words):
 
 
 @pytest.mark.long
-def test_the_wheel_in_a_clean_environment(tmp_path):
+def test_the_wheel_in_a_clean_environment(wheel, tmp_path):
     """Nothing of this checkout or of an editable install is in reach there; the dependencies are borrowed."""
-    run_command("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
-    [wheel] = tmp_path.glob("cflow_plugin-*.whl")
     run_command("python", "-m", "venv", tmp_path / "clean", cwd=tmp_path)
     clean = tmp_path / "clean/bin/python"
     run_command(clean, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)

@@ -78,7 +78,6 @@ def assert_complete(report: str, results: pd.DataFrame) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("compared")  # or one worker would wait for the other
 def test_the_command(compared):
     results = pd.read_csv(compared / "out/results.csv")
     assert [(row.model, row.seed) for row in results.itertuples()] == [("small", 0), ("UFLOW", 0)]
@@ -106,7 +105,6 @@ def test_the_command(compared):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("compared")  # or one worker would wait for the other
 def test_one_failure_does_not_cost_the_others(compared):
     out = (compared / "log.txt").read_text()
     assert out.strip().splitlines()[-1].startswith("error: 1 of 3 cells failed")
@@ -115,7 +113,6 @@ def test_one_failure_does_not_cost_the_others(compared):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("compared")  # or one worker would wait for the other
 def test_a_killed_comparison_goes_on(compared, tmp_path):
     """Only what is not there yet is trained: of two seeds the second one, and that one again if it was cut off."""
     shutil.copytree(compared / "out", tmp_path / "out")

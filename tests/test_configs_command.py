@@ -94,9 +94,7 @@ def test_an_installed_package_has_its_own(tmp_path, monkeypatch):
     assert find_config("demo") == package / "configs/demo.yaml"
 
 
-def test_they_are_in_the_wheel(tmp_path):
-    run_command("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
-    [wheel] = tmp_path.glob("*.whl")
+def test_they_are_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if name.startswith("cflow_plugin/configs/")}
     assert names == {f"cflow_plugin/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in ALL}

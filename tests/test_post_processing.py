@@ -428,7 +428,6 @@ def test_another_rate_of_the_same_checkpoint(calibrated):
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("calibrated export")
 def test_exports_decide_alike(calibrated, calibrated_export, data, tmp_path, monkeypatch):
     model, checkpoint = calibrated
     monkeypatch.chdir(tmp_path)
@@ -472,7 +471,6 @@ def test_the_scores_survive_compression(calibrated, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("calibrated export")
 def test_an_exported_model_watches_and_monitors(calibrated, calibrated_export, data, tmp_path):
     (model, _), path = calibrated, calibrated_export
     good = data.root / data.category / "test" / "good"

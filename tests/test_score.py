@@ -22,10 +22,15 @@ from cflow_plugin.data.textures import draw
 from .conftest import run_command
 
 
+@pytest.fixture(scope="module")
+def exported(export):
+    return export(None)
+
+
 @pytest.fixture(
     scope="module", params=[pytest.param((64, 64), marks=pytest.mark.long), None], ids=["fixed", "any size"]
 )
-def exported(request, export):
+def of_each_kind(request, export):
     return export(request.param)
 
 
@@ -48,14 +53,14 @@ def read(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder).set_index("path").sort_index()
 
 
-def test_scores_are_those_of_anomalib(exported, pictures, tmp_path, monkeypatch):
+def test_scores_are_those_of_anomalib(of_each_kind, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
-    command = ["score", "--model", str(exported), "--source", str(pictures), "--output", str(tmp_path / "out")]
+    command = ["score", "--model", str(of_each_kind), "--source", str(pictures), "--output", str(tmp_path / "out")]
     main([*command, "--batch", "3", "--maps", "true"])
     table = read(tmp_path / "out")
     assert set(table.index) == {str(path) for path in pictures.rglob("*.*")}
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
-    inferencer = OpenVINOInferencer(exported, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    inferencer = OpenVINOInferencer(of_each_kind, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
     for path, row in table.iterrows():
         picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
         expected = inferencer.predict(picture[..., ::-1])
@@ -212,8 +217,7 @@ def test_without_ray_a_sentence(exported, pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_killed_and_started_again(export, tmp_path):
-    exported = export(None)
+def test_killed_and_started_again(exported, tmp_path):
     folder = draw_pictures(tmp_path / "pictures", 40)
     for number in range(1, 25):  # enough that the kill comes in time
         shutil.copytree(folder / "deeper", folder / f"copy {number}")

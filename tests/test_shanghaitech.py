@@ -378,6 +378,7 @@ def test_train_a_scene(tmp_path):
     data = ["--train_videos", "3", "--train_frames", "20", "--test_clips", "2", "--test_frames", "20"]
     run_command("cflow-plugin", "make-scenes", "--output", "tiny", "--scenes", "[3]", *data, cwd=tmp_path)
     quick = ["--model.backbone", "gabor", "--model.epochs", "3", "--model.steps_per_epoch", "10"]
+    quick += ["--model.coupling_blocks", "2"]
     out = run_command(
         "anomalib", "train", "--config", ROOT / "configs/shanghaitech/scene_03.yaml", *quick, "--data.root", "tiny",
         "--data.frame_step", "4", "--data.num_workers", "0", "--trainer.accelerator", "cpu", cwd=tmp_path,

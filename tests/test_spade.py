@@ -192,9 +192,10 @@ def test_features_that_cannot_be_kept_are_refused(value):
 # The model
 
 
-@pytest.mark.parametrize("kappa", [1, 5])
 @pytest.mark.parametrize(
-    "settings", [SMALL, pytest.param(UNTRAINED, marks=pytest.mark.long)], ids=["gabor", "untrained CNN"]
+    ("settings", "kappa"),
+    [(SMALL, 1), (SMALL, 5), pytest.param(UNTRAINED, 5, marks=pytest.mark.long)],
+    ids=["gabor-1", "gabor-5", "untrained CNN-5"],
 )
 def test_the_whole_model_against_brute_force(textures, tmp_path, settings, kappa):
     seed_everything(0)

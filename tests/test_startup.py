@@ -8,8 +8,6 @@ import pytest
 from .conftest import ROOT
 from .warm import OTHERS, WarmProcess
 
-pytestmark = pytest.mark.xdist_group("startup")  # one warm process for all
-
 
 @pytest.fixture(scope="module")
 def others():

@@ -22,10 +22,15 @@ from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.data.textures import draw
 
 
+@pytest.fixture(scope="module")
+def exported(export):
+    return export(None)
+
+
 @pytest.fixture(
     scope="module", params=[pytest.param((64, 64), marks=pytest.mark.long), None], ids=["fixed", "any size"]
 )
-def exported(request, export):
+def of_each_kind(request, export):
     return export(request.param)
 
 
@@ -59,8 +64,8 @@ def clip(tmp_path):
     return folder, truth
 
 
-def test_a_folder(exported, trained, pictures, tmp_path):
-    watch(exported, str(pictures), tmp_path / "out")
+def test_a_folder(of_each_kind, trained, pictures, tmp_path):
+    watch(of_each_kind, str(pictures), tmp_path / "out")
     scores = read_scores(tmp_path / "out")
     assert set(scores) == {"a.png", "deeper/ü.png"}
     for name, row in scores.items():
@@ -73,12 +78,12 @@ def test_a_folder(exported, trained, pictures, tmp_path):
         assert overlay.shape == picture.shape
 
 
-def test_a_video(exported, tmp_path):
+def test_a_video(of_each_kind, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
     for shade in range(5):
         film.write(np.full((60, 80, 3), 40 * shade, np.uint8))
     film.release()
-    watch(exported, str(tmp_path / "film.avi"), tmp_path / "out", limit=4)
+    watch(of_each_kind, str(tmp_path / "film.avi"), tmp_path / "out", limit=4)
     assert list(read_scores(tmp_path / "out")) == ["000000", "000001", "000002", "000003"]
     overlay = cv2.VideoCapture(str(tmp_path / "out" / "overlay.avi"))
     assert overlay.get(cv2.CAP_PROP_FRAME_COUNT) == 4
@@ -157,7 +162,7 @@ def test_a_video_that_is_cut_off(exported, tmp_path, caplog):
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_leaves_a_video_that_plays(export, tmp_path):
+def test_a_run_that_is_killed_leaves_a_video_that_plays(exported, tmp_path):
     film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (320, 240))
     for image in np.random.default_rng(3).integers(0, 255, (10, 240, 320, 3), dtype=np.uint8):
         for _ in range(100):
@@ -166,7 +171,7 @@ def test_a_run_that_is_killed_leaves_a_video_that_plays(export, tmp_path):
     out = tmp_path / "out"
     program = Path(sys.executable).parent / "cflow-plugin"
     process = subprocess.Popen(
-        [program, "watch", "--model", export(None), "--source", tmp_path / "film.avi", "--output", out]
+        [program, "watch", "--model", exported, "--source", tmp_path / "film.avi", "--output", out]
     )
     try:
         while process.poll() is None and (len(read_scores(out)) if (out / "scores.csv").exists() else 0) < 200:
