@@ -64,7 +64,8 @@ TOGETHER = (
     r"test_ray\.py",  # one cluster at a time
     r"test_startup\.py",  # one warm process
     r"test_comparison\.py::test_(the_command|one_failure|a_killed)",
-    r"test_post_processing\.py::test_(exports_decide|an_exported_model)",
+    r"test_distributed\.py::test_(two_processes|anomalib_s)",
+    r"test_post_processing\.py::test_(exports_decide|the_scores_survive|an_exported_model)",
 )
 
 
@@ -80,6 +81,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> object 
             return next((group for group in TOGETHER if re.search(group, nodeid)), nodeid)
 
     return Scheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what imports have left for good: exporting makes it run some 200 times."""
+    gc.collect()
+    gc.freeze()
 
 
 # Memory: two workers have to fit beside each other, with what they start.

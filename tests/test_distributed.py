@@ -44,14 +44,21 @@ def results_of(folder: Path) -> tuple[dict, dict, set[str]]:
     return weights, json.loads((run / "metrics.json").read_text()), files
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What a training in one process left."""
+    folder = tmp_path_factory.mktemp("in one process")
+    run_command("anomalib", "train", "--config", config_file(folder), "--default_root_dir", "one", cwd=folder)
+    return folder / "one"
+
+
 @pytest.mark.long
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_do_what_one_does(one, tmp_path):
     name = config_file(tmp_path)
-    run_command("anomalib", "train", "--config", name, "--default_root_dir", "one", cwd=tmp_path)
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     said = run_command("anomalib", "train", "--config", name, "--default_root_dir", "two", *ddp, cwd=tmp_path)
     assert len(re.findall(r"Extracting the features of\s+\d+\s+training\s+images", said)) == 1
-    weights, metrics, files = results_of(tmp_path / "one")
+    weights, metrics, files = results_of(one)
     others, other_metrics, other_files = results_of(tmp_path / "two")
     assert others.keys() == weights.keys()
     for key, value in weights.items():
@@ -62,13 +69,12 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 @pytest.mark.long
-def test_anomalib_s_command_line_keeps_the_seed(tmp_path):
+def test_anomalib_s_command_line_keeps_the_seed(one, tmp_path):
     name = config_file(tmp_path)
-    for folder in ("first", "second"):
-        run_command("anomalib", "train", "--config", name, "--default_root_dir", folder, cwd=tmp_path)
+    run_command("anomalib", "train", "--config", name, "--default_root_dir", "second", cwd=tmp_path)
     other = ["--default_root_dir", "third", "--seed_everything", "4"]
     run_command("anomalib", "train", "--config", name, *other, cwd=tmp_path)
-    first, second, third = (results_of(tmp_path / folder)[0] for folder in ("first", "second", "third"))
+    first, second, third = (results_of(folder)[0] for folder in (one, tmp_path / "second", tmp_path / "third"))
     assert all(torch.equal(first[key].nan_to_num(), second[key].nan_to_num()) for key in first)
     assert not all(torch.equal(first[key].nan_to_num(), third[key].nan_to_num()) for key in first)
 

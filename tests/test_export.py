@@ -89,17 +89,18 @@ def test_anomalib_s_inferencers(trained, export, tmp_path, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("backbone", "size"),
+    ("backbone", "layers", "size"),
     [
-        ("resnet18", (300, 200)),
-        ("mobilenetv3_large_100", (64, 300)),
-        ("gabor", (64, 512)),
+        ("resnet18", ["layer2", "layer3"], (300, 200)),
+        ("mobilenetv3_large_100", ["blocks.2"], (64, 300)),
+        ("gabor", None, (64, 512)),
     ],
     ids=str,
 )
-def test_any_size(tmp_path, backbone, size):
+def test_any_size(tmp_path, backbone, layers, size):
     torch.manual_seed(0)
-    model = CflowPlugin(backbone=backbone, pre_trained=False, image_size=size, coupling_blocks=1).eval()
+    settings = {"backbone": backbone, "layers": layers, "image_size": size, "coupling_blocks": 1}
+    model = CflowPlugin(**settings, pre_trained=False).eval()
     with torch.no_grad():
         model.model.calibrate(model.model.log_likelihoods(torch.randn(2, 3, *size)))
     path = model.to_openvino(tmp_path, input_size=size)

@@ -6,6 +6,7 @@ that all but the start of Python and the imports is as on a user's machine. Some
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -64,6 +65,7 @@ def _serve(modules: list[str]) -> None:
     for name in modules:
         with suppress(ImportError):
             import_module(name)
+    gc.freeze()  # what all copies share, none of them need go through
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
