@@ -172,12 +172,9 @@ def test_the_same_score_everywhere(taken, trained, exported, tmp_path, monkeypat
         assert found == pytest.approx(value, abs=2e-4), name
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (number % 4 > 0)) for number, name in enumerate(TAKEN)]
-)
-def test_trained_on(taken, name, tmp_path):
+def test_trained_on(taken, tmp_path):
     root = folder_of_good(tmp_path)
-    shutil.copy(taken / name, root / "good" / name)
+    shutil.copytree(taken, root / "good", dirs_exist_ok=True)
     model = train(root)
     assert torch.isfinite(model(torch.rand(1, 3, 64, 64)).anomaly_map).all()
 
@@ -296,9 +293,7 @@ def test_training_images_that_teach_little(kind, tmp_path):
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ("no folder", "Path does not exist"),
-        ("no image", "no image where some are needed"),
-        ("one image", "too few images to split"),
+        ("no folder", "Path does not exist"),  # others: test_error_hook
         ("a link to nowhere", "lead nowhere"),
     ],
 )
@@ -306,9 +301,7 @@ def test_nothing_to_train_on(layout, words, tmp_path):
     if layout != "no folder":
         (tmp_path / "good").mkdir()
         (tmp_path / "good/notes.txt").write_text("a note")
-    if layout in {"one image", "a link to nowhere"}:
         PICTURE.save(tmp_path / "good/1.png")
-    if layout == "a link to nowhere":
         for number in range(2, 6):
             (tmp_path / f"good/{number}.png").symlink_to("nowhere" if number == 2 else "1.png")
     out = run_command(

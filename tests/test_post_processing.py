@@ -569,6 +569,7 @@ def test_the_command_line(tmp_path):
     model = ["--model", "CflowPlugin", "--model.backbone", "gabor", "--model.image_size", "[64, 64]"]
     model += ["--model.coupling_blocks", "2", "--trainer.accelerator", "cpu"]
     data = ["--data", "Textures", "--data.resolution", "64", "--data.train_good", "12", "--data.val_good", "2"]
+    data += ["--data.test_good", "2", "--data.test_defect", "1"]
     train = [*model, "--model.epochs", "1", "--model.steps_per_epoch", "2", "--model.target_false_alarm_rate"]
     out = run_command("anomalib", "train", *train, "0.05", *data, cwd=tmp_path, expect=1)
     assert "error: A false-alarm rate of 0.05 needs 19 good images" in out
