@@ -18,11 +18,11 @@ from anomalib.metrics import AUPRO
 from PIL import Image
 from sklearn.metrics import auc, f1_score, roc_auc_score, roc_curve
 
-from cflow_plugin.commands.compare.cell import Cell, EncoderChoice, Variant, build_model
+from cflow_plugin.commands.compare.cell import Cell, EncoderChoice, Job, Variant, build_model, run_cell
 from cflow_plugin.commands.compare.record import Recorder, _bin, _value
 from cflow_plugin.commands.compare.tables import accuracy_tables, published_tables, summary_table
 
-from .conftest import QUICK, once, run_command
+from .conftest import QUICK, call_in_a_copy, once, run_command
 
 SMALL = {**QUICK, "image_size": [64, 64], "epochs": 1, "steps_per_epoch": 4}
 DATA = {
@@ -158,19 +158,19 @@ def test_mistakes_are_named(tmp_path):
     assert "what is there already is not run again" in help_text
 
 
+def _run_padim(folder: str, encoder: dict, settings: dict) -> None:
+    settings = {"num_workers": 0, **settings, "category": "weave"}
+    cell = Cell("Padim", Variant("Padim"), EncoderChoice(**encoder), "Textures", settings, "weave", 0, (64, 64))
+    row = run_cell(cell, Job(Path(folder, "out"), threads=1, keep_weights=False))
+    Path(folder, "row.json").write_text(json.dumps(row))
+
+
 @pytest.mark.long
 def test_padim_is_what_anomalib_trains(tmp_path):
     padim = {"backbone": "resnet18", "layers": ["layer1", "layer2"], "pre_trained": False}
-    data = {**DATA, "settings": {**DATA["settings"], "test_good": 6, "test_defect": 3}}
-    name = config_file(
-        tmp_path,
-        data=[data],
-        variants={"Padim": {"model": "Padim"}},
-        encoders=[padim],
-        image_size=[64, 64],
-    )
-    run_command("cflow-plugin", "compare", "--config", name, cwd=tmp_path)
-    ours = pd.read_csv(tmp_path / "out/results.csv").iloc[0]
+    settings = {**DATA["settings"], "test_good": 6, "test_defect": 3}
+    call_in_a_copy(_run_padim, str(tmp_path), padim, {**settings, "root": str(tmp_path / "datasets/Textures")})
+    ours = json.loads((tmp_path / "row.json").read_text())
     config = {
         "seed_everything": 0,
         "model": {"class_path": "Padim", "init_args": {**padim, "evaluator": True, "pre_processor": {
@@ -181,7 +181,7 @@ def test_padim_is_what_anomalib_trains(tmp_path):
                  "init_args": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}},
             ]}}},
         }}},
-        "data": {"class_path": "Textures", "init_args": {**data["settings"], "category": "weave", "num_workers": 0}},
+        "data": {"class_path": "Textures", "init_args": {**settings, "category": "weave", "num_workers": 0}},
         "trainer": {"logger": False, "accelerator": "cpu"},
         "default_root_dir": "anomalib",
     }  # fmt: skip

@@ -102,7 +102,7 @@ def random_model(size, **settings):
     [
         ("resnet18", ["layer2", "layer3"], (300, 200)),
         ("mobilenetv3_large_100", ["blocks.2"], (64, 300)),
-        ("gabor", None, (64, 512)),
+        ("gabor", ["scale2"], (64, 512)),
     ],
     ids=str,
 )
