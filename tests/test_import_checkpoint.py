@@ -171,7 +171,6 @@ def compare_log_likelihoods(folder, name, settings, exported):
         pytest.param(
             "mobilenet_v3_large", {"condition_dims": 0, "scales": 2, "blocks": 1}, False, marks=pytest.mark.long
         ),
-        pytest.param("resnet18", {"blocks": 1}, True, marks=pytest.mark.long),
         ("resnet18", {"soft": False, "scales": 1, "blocks": 1}, False),
     ],
 )
@@ -180,10 +179,16 @@ def test_log_likelihoods(tmp_path, name, settings, exported):
 
 
 @pytest.mark.long
-def test_log_likelihoods_of_the_largest(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "settings", "exported"),
+    [
+        ("resnet18", {"blocks": 1}, True),
+        ("wide_resnet50_2", {"soft": False, "scales": 1, "blocks": 1}, False),
+    ],
+)
+def test_log_likelihoods_of_the_largest(tmp_path, name, settings, exported):
     """In a process of its own: what it takes, gigabytes, would stay with this one."""
-    settings = {"soft": False, "scales": 1, "blocks": 1}
-    call_in_a_copy(compare_log_likelihoods, str(tmp_path), "wide_resnet50_2", settings, False)
+    call_in_a_copy(compare_log_likelihoods, str(tmp_path), name, settings, exported)
 
 
 @pytest.fixture(scope="module")
