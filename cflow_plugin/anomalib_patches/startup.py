@@ -30,6 +30,12 @@ _AFTER = {
 }
 
 
+# What waits for a module of ours that is being imported itself, and has led to anomalib's import.
+_waiting = []
+# The modules of ours that are being imported.
+_unfinished = []
+
+
 class _Loader:
     """The module's own loader, followed by the imports of ours."""
 
@@ -55,8 +61,21 @@ class _Loader:
             _load(name, function)
 
 
-# What waits for a module of ours that is being imported itself, and has led to anomalib's import.
-_waiting = []
+class _OwnLoader(_Loader):
+    """The loader of a module of ours, followed by what waits for it."""
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self._loader
+        _unfinished.append(module)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _unfinished.remove(module)
+        if not _unfinished:
+            todo = list(_waiting)
+            _waiting.clear()
+            for name, function in todo:
+                _load(name, function)
 
 
 def _load(name, function):
@@ -65,7 +84,7 @@ def _load(name, function):
         if function:
             getattr(sys.modules[name], function)()
     except Exception as error:  # a broken plug-in must not break anomalib
-        if "partially initialized module 'cflow_plugin" in str(error):
+        if _unfinished and "partially initialized module 'cflow_plugin" in str(error):
             _waiting.append((name, function))
         else:
             print(f"cflow_plugin could not be loaded ({type(error).__name__}: {error})", file=sys.stderr)
@@ -76,18 +95,15 @@ class _Finder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if _waiting and not name.startswith("cflow_plugin"):
-            todo = list(_waiting)
-            _waiting.clear()
-            for one, function in todo:
-                _load(one, function)
-        if name not in _AFTER:
+        own = name.startswith("cflow_plugin.")
+        if not own and name not in _AFTER:
             return None
         from importlib.machinery import PathFinder
 
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, _AFTER[name])  # pyright: ignore[reportAttributeAccessIssue]
+            ours = _AFTER.get(name, ())
+            spec.loader = (_OwnLoader if own else _Loader)(spec.loader, ours)  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
 
