@@ -175,9 +175,19 @@ def test_features_are_averaged_over_the_neighbourhood():
     torch.testing.assert_close(averaged[..., 0, 0], raw[..., :2, :2].mean((-2, -1)))
 
 
-def test_an_even_neighbourhood_is_refused():
-    with pytest.raises(CflowError, match="odd"):
-        Encoder("gabor", neighbourhood=2)
+def test_each_layer_may_have_a_neighbourhood_of_its_own():
+    images = torch.randn(1, 3, 64, 64)
+    raw, all_averaged = Encoder("gabor")(images), Encoder("gabor", neighbourhood=3)(images)
+    for asked in (None, [1, 3, 3]):
+        torch.testing.assert_close(
+            Encoder("gabor", neighbourhood=asked)(images), [raw[0], *all_averaged[1:]], rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("neighbourhood", [2, 0, [1, 3], [1, 3, 2]])
+def test_an_impossible_neighbourhood_is_refused(neighbourhood):
+    with pytest.raises(CflowError, match=r"odd number .* each of the 3 layers"):
+        Encoder("gabor", neighbourhood=neighbourhood)
 
 
 @pytest.mark.parametrize(("name", "size"), [("gabor", (31, 64)), ("gabor", (4, 4))])

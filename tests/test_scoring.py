@@ -22,52 +22,112 @@ def scoring():
     return scoring
 
 
-def test_constants_are_high_quantiles():
-    scoring, training = AnomalyScoring(scales=2, position_correction=0), likelihoods(20)
+def test_constants_of_probabilities_are_high_quantiles():
+    scoring, training = AnomalyScoring(scales=2, position_correction=0, aggregation="probability"), likelihoods(20)
     assert not scoring.is_calibrated
     scoring.calibrate(training)
     assert scoring.is_calibrated
     expected = [np.quantile(values.numpy(), 0.999, method="nearest") for values in training]
     np.testing.assert_allclose(scoring.log_maximum.numpy(), expected, rtol=0, atol=0.05)
+    np.testing.assert_array_equal(scoring.temperature.numpy(), 1)
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_constants_of_surprise_are_those_of_an_exponential_tail(spread):
+    """Where rarity falls exponentially with the log-likelihood, a value is 1 - exp(-decades / 5)."""
+    generator = np.random.default_rng(0)
+    tails = [-generator.exponential(spread, (2000, *size)).astype(np.float32) for size in SIZES]
+    training = [torch.from_numpy(tail) for tail in tails]
+    scoring = AnomalyScoring(scales=2, sigma=0, position_correction=0)
+    scoring.calibrate([torch.zeros(1, *size) for size in SIZES], training)
+    decade = spread * np.log(10)
+    np.testing.assert_allclose(scoring.temperature.numpy(), 5 * decade, rtol=0.1)
+    np.testing.assert_allclose(scoring.log_maximum.numpy(), 0, atol=0.1 * spread)
+    decades = 3.0
+    rare = [torch.full((1, *size), -decades * decade) for size in SIZES]
+    anomaly_map, _ = scoring(rare, (32, 24))
+    np.testing.assert_allclose(anomaly_map.numpy(), (1 - np.exp(-decades / 5) - 0.05) / 0.95, rtol=0.1)
+
+
+def test_the_scale_whose_good_cells_differ_less_counts_more():
+    calm, wild = torch.randn(1000, 16, 12) * 0.1, torch.randn(1000, 8, 6) * 0.3
+    scoring = AnomalyScoring(scales=2, position_correction=0)
+    scoring.calibrate([calm, wild])
+    ratio = np.subtract(*np.quantile(wild, [0.1, 0.001])) / np.subtract(*np.quantile(calm, [0.1, 0.001]))
+    assert scoring.weights.sum() == pytest.approx(1)
+    assert (scoring.weights[0] / scoring.weights[1]).item() == pytest.approx(ratio**2, rel=0.02)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_images_not_trained_on_set_the_units(constant):
+    training, unseen = likelihoods(20), likelihoods(20, seed=1)
+    if constant:  # as in images of one colour
+        training = [torch.full_like(values, 0.5) for values in training]
+        unseen = training
+    scoring = AnomalyScoring(scales=2, position_correction=0)
+    scoring.calibrate([values + 3 for values in training], unseen)
+    alone = AnomalyScoring(scales=2, position_correction=0)
+    alone.calibrate(unseen)
+    torch.testing.assert_close(scoring.log_maximum, alone.log_maximum)
+    anomaly_map, score = scoring(unseen, (64, 48))
+    assert torch.isfinite(anomaly_map).all()
+    assert torch.isfinite(score).all()
+    assert anomaly_map.mean() <= 0.1, "good parts are dark"
 
 
 def test_one_extreme_training_vector_does_not_set_the_scale(scoring):
     training = likelihoods(20, seed=1)
-    training[0][0, 0, 0] = 1e6
+    training[0][0, 0, 0] = -1e6
     other = AnomalyScoring(scales=2)
     other.calibrate(training)
-    torch.testing.assert_close(other.log_maximum, scoring.log_maximum, rtol=0, atol=0.1)
+    torch.testing.assert_close(other.temperature, scoring.temperature, rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("aggregation", ["surprise", "probability"])
 @pytest.mark.parametrize("sigma", [0.0, 2.0])
-def test_map_against_the_formula(sigma):
-    scoring = AnomalyScoring(scales=2, sigma=sigma)
+def test_map_against_the_formula(sigma, aggregation):
+    scoring = AnomalyScoring(scales=2, sigma=sigma, aggregation=aggregation)
     scoring.calibrate(likelihoods(20, seed=1))
     test, size = likelihoods(3), (64, 48)
-    expected = np.zeros((3, *size))
+    evidence = []
     for scale, values in enumerate(test):
         normalizer = scoring.log_maximum[scale].double() + getattr(scoring, f"correction_{scale}").double()
-        probability = (values.double() - normalizer).exp().clamp(max=1)
-        up = functional.interpolate(probability[:, None], size, mode="bilinear", align_corners=True)[:, 0].numpy()
+        probability = ((values.double() - normalizer) / scoring.temperature[scale].double()).exp().clamp(max=1)
+        up = functional.interpolate(1 - probability[:, None], size, mode="bilinear", align_corners=True)[:, 0].numpy()
         if sigma:
             blur = {"sigma": (0, sigma, sigma), "mode": "constant", "truncate": 20}
             up = gaussian_filter(up, **blur) / gaussian_filter(np.ones_like(up), **blur)
-        expected += (1 - up) / 2
+        evidence.append(up)
+    if aggregation == "probability":
+        expected = np.mean(evidence, axis=0)
+    else:
+        weights = 1 / scoring.temperature.double().numpy() ** 2
+        weights /= weights.sum()
+        product = np.prod([np.maximum(up, 0.05) ** w for up, w in zip(evidence, weights, strict=True)], axis=0)
+        expected = (product - 0.05) / 0.95
     anomaly_map, _ = scoring(test, size)
-    np.testing.assert_allclose(anomaly_map[:, 0].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(anomaly_map[:, 0].numpy(), expected, atol=2e-5)
 
 
-def test_map_lies_between_zero_and_one(scoring):
+def test_map_lies_between_zero_and_one():
     extreme = [torch.full((2, *size), fill) for size, fill in zip(SIZES, (1e4, -1e4), strict=True)]
-    anomaly_map, _ = scoring(extreme, (32, 32))
-    torch.testing.assert_close(anomaly_map, torch.full((2, 1, 32, 32), 0.5))
+    for aggregation, least, greatest in (("probability", 0.5, 0.5), ("surprise", 0, 1)):
+        scoring = AnomalyScoring(scales=2, aggregation=aggregation)
+        scoring.calibrate(likelihoods(20, seed=1))
+        anomaly_map, _ = scoring(extreme, (32, 32))
+        assert anomaly_map.min() >= least - 1e-6
+        assert anomaly_map.max() <= greatest + 1e-6
+        anomaly_map, _ = scoring([-values.abs() for values in extreme], (32, 32))
+        torch.testing.assert_close(anomaly_map, torch.ones(2, 1, 32, 32))
 
 
 def test_score_is_the_mean_of_the_highest_values():
     anomaly_map = torch.rand(2, 40, 40)
     values = anomaly_map[:, ::4, ::4].flatten(1).sort(descending=True).values
     for fraction, expected in ((0.1, values[:, :10].mean(1)), (0, anomaly_map.amax((1, 2)))):
-        folded = AnomalyScoring(1, top_fraction=fraction).folded([(10, 10)], (40, 40))
+        scoring = AnomalyScoring(1, top_fraction=fraction)
+        scoring.calibrate([torch.randn(4, 10, 10)])
+        folded = scoring.folded([(10, 10)], (40, 40))
         torch.testing.assert_close(folded._image_score(anomaly_map), expected)
 
 
@@ -84,7 +144,7 @@ def test_correction_against_the_formula():
     training = likelihoods(20)
     training[0][:, 0] -= 3  # a border that is always unlikely
     training[0][:, 5, 7] -= 2  # and a place inside that often is
-    scoring = AnomalyScoring(scales=2, position_correction=0.25)
+    scoring = AnomalyScoring(scales=2, position_correction=0.25, aggregation="probability")
     scoring.calibrate(training)
     for scale, values in enumerate(training):
         mean = values.double().mean(0).numpy()
@@ -104,7 +164,7 @@ def test_the_border_of_good_parts_is_not_anomalous():
         values[:, :, [0, -1]] -= 3
     excess = []
     for share in (0, 0.25):
-        scoring = AnomalyScoring(scales=2, sigma=0, position_correction=share)
+        scoring = AnomalyScoring(scales=2, sigma=0, position_correction=share, aggregation="probability")
         scoring.calibrate(training)
         anomaly_map, _ = scoring(test, SIZES[0])
         inside = anomaly_map[..., 1:-1, 1:-1].mean()
@@ -133,7 +193,9 @@ def test_constants_survive_saving_and_serve_other_sizes(scoring):
     torch.testing.assert_close(larger[::2, ::2], scoring.log_normalizer(0, SIZES[0]))
 
 
-@pytest.mark.parametrize("setting", [{"sigma": -1}, {"top_fraction": 2}, {"position_correction": float("nan")}])
+@pytest.mark.parametrize(
+    "setting", [{"sigma": -1}, {"top_fraction": 2}, {"position_correction": float("nan")}, {"aggregation": "sum"}]
+)
 def test_impossible_settings_are_refused(setting):
     with pytest.raises(CflowError, match=next(iter(setting))):
         AnomalyScoring(1, **setting)

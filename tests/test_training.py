@@ -1,6 +1,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
@@ -11,6 +12,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
 
 from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.training.feature_bank import FeatureBank
+from cflow_plugin.training.settings import recipe_epochs
 from cflow_plugin.training.vector_loader import is_random
 
 from .conftest import QUICK, SHARED, make_engine, make_textures
@@ -76,6 +79,14 @@ def test_a_run_ends_where_its_recipe_does(tmp_path, textures, asked, expected):
     assert engine.trainer.global_step == expected * 3
 
 
+def test_the_recipe_s_length_comes_from_the_number_of_images(tmp_path, textures):
+    assert recipe_epochs(len(textures.train_data)) == recipe_epochs(1) == 8
+    assert recipe_epochs(32 * 16) == 8 * recipe_epochs(1)
+    engine = make_engine(tmp_path)
+    engine.fit(quick_model(epochs=None, steps_per_epoch=1), datamodule=textures)
+    assert engine.trainer.current_epoch == 8
+
+
 def test_the_same_seed_gives_the_same_model(tmp_path, textures):
     models = [quick_model(), quick_model(), quick_model(seed=1)]
     for index, model in enumerate(models):
@@ -96,31 +107,67 @@ def test_constants_depend_on_training_images_alone(tmp_path, textures):
     assert_same(*constants)
 
 
-def test_constants_are_the_quantile_over_training_features(trained, textures):
-    with torch.no_grad():
-        parts = [trained.model.log_likelihoods(trained.pre_processor(b.image)) for b in textures.train_dataloader()]
-    scoring = trained.model.scoring
-    for scale, constant in enumerate(scoring.log_maximum):
-        values = torch.cat([part[scale] for part in parts]) - getattr(scoring, f"correction_{scale}")
-        torch.testing.assert_close(constant, values.quantile(0.999), rtol=0, atol=0.02)
+def test_constants_are_of_the_images_that_were_not_trained_on(tmp_path, textures):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.append(pl_module.calibration.vectors.bank)
+
+    model = quick_model(unseen_share=0.25)
+    make_engine(tmp_path, callbacks=[Watch()]).fit(model, datamodule=textures)
+    [bank] = seen
+    images = len(textures.train_data)
+    assert len(bank.unseen_features[0]) == round(images / 4)
+    assert len(bank.features[0]) == images - round(images / 4)
+    scoring = model.eval().model.scoring
+    for scale, (decoder, features, size) in enumerate(
+        zip(model.model.decoders, bank.unseen_features, bank.sizes, strict=True)
+    ):
+        with torch.no_grad():
+            values = decoder.log_likelihood(features, model.model.condition(*size, features)).unflatten(1, size)
+        cells = np.sort((values - getattr(scoring, f"correction_{scale}")).numpy(), axis=None)
+        often, rarely = (cells[max(1, round(share * len(cells))) - 1] for share in (0.1, 0.001))
+        assert scoring.temperature[scale].item() == pytest.approx(2.5 * (often - rarely), rel=0.02)
+        assert scoring.log_maximum[scale].item() == pytest.approx(often + (often - rarely) / 2, rel=0.02, abs=0.01)
 
 
 def test_features_beyond_the_memory_s_limit(tmp_path, textures, monkeypatch):
-    """A part of the positions is kept; the others' constants are their neighbours'."""
+    """A part of the positions is kept, in each epoch another, until all have had their turn."""
     monkeypatch.setattr("cflow_plugin.training.feature_bank._MAXIMUM_BYTES", 100_000)
     kept = []
 
     class Watch(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            kept.append(len(pl_module.calibration.vectors.bank.positions[0]))
+        def on_train_epoch_end(self, trainer, pl_module):
+            bank = pl_module.calibration.vectors.bank
+            kept.append(bank.positions[0])
 
-    model = quick_model()
+    model = quick_model(epochs=6)
     make_engine(tmp_path, callbacks=[Watch()]).fit(model, datamodule=textures)
     correction = model.model.scoring.correction_0
-    assert 0 < kept[0] < correction.numel()
+    count = len(kept[0])
+    assert 0 < count < correction.numel()
+    turns = -(-correction.numel() // count)
+    assert turns <= 6, "the test must see a whole round"
+    assert len(torch.cat(kept[:turns]).unique()) == correction.numel()
+    assert len(torch.cat(kept[: turns - 1]).unique()) == (turns - 1) * count
     assert torch.isfinite(correction).all()
-    assert correction.unique().numel() <= 2 * kept[0]
+    assert correction.unique().numel() <= 2 * count
     assert torch.isfinite(model.eval()(torch.rand(1, 3, 64, 64)).anomaly_map).all()
+
+
+def test_the_same_images_are_not_trained_on_in_each_turn():
+    generator = torch.Generator()
+    images = torch.arange(12.0)[:, None, None, None].expand(12, 1, 2, 2)
+    left_out = []
+    for turn in range(2):
+        bank = FeatureBank([(2, 2)], 12, 3, generator.manual_seed(5), lambda _, turn=turn: turn)
+        for part in images.split(5):
+            bank.add([part])
+        assert {*bank.features[0].flatten().tolist(), *bank.unseen_features[0].flatten().tolist()} == set(range(12))
+        left_out.append(bank.unseen_features[0][:, 0, 0].tolist())
+    assert left_out[0] == left_out[1]
+    assert len(set(left_out[0])) == 3
 
 
 @pytest.mark.long

@@ -264,6 +264,7 @@ def _build(
         sigma=0.0,
         top_fraction=0.0,
         position_correction=0.0,
+        aggregation="probability",
     ).eval()
     model.pre_processor = CflowPreProcessor(Compose([Resize(size, antialias=True), Normalize(mean, std)]))
     ours = model.model.encoder

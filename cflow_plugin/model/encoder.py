@@ -69,7 +69,9 @@ class Encoder(nn.Module):
     Args:
         backbone: Name of a timm model, or ``gabor`` for a fixed filter bank that needs no weights.
         layers: Names of the layers to take features from, fine to coarse. ``None`` takes the paper's three.
-        neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
+        neighbourhood: Features are averaged over this many cells in either direction, one number for all layers or
+            one for each; 1 takes them as they are. ``None`` takes those of the finest layer as they are, and averages
+            the others over 3: coarse evidence says whether something is wrong, fine evidence where.
         padding: What the backbone's convolutions see beyond the border: zeros, as when it was trained, or their
             mirrored input, as in the original code's ResNets.
 
@@ -78,7 +80,7 @@ class Encoder(nn.Module):
 
     Raises:
         CflowError: If backbone or layer is unknown, a layer's output is not a feature map, ``neighbourhood`` is not
-            odd, or the backbone's padding cannot be changed.
+            odd or not one number a layer, or the backbone's padding cannot be changed.
 
     Example:
         >>> encoder = Encoder("resnet18", ["layer2", "layer3"])
@@ -90,15 +92,12 @@ class Encoder(nn.Module):
         self,
         backbone: str,
         layers: Sequence[str] | None = None,
-        neighbourhood: int = 1,
+        neighbourhood: int | Sequence[int] | None = 1,
         padding: Padding = "zeros",
     ) -> None:
         super().__init__()
-        if neighbourhood < 1 or neighbourhood % 2 == 0:
-            msg = f"neighbourhood must be a positive odd number of cells, got {neighbourhood}."
-            raise CflowError(msg)
         self.backbone = backbone
-        self.neighbourhood = neighbourhood
+        self._neighbourhood = neighbourhood
         if backbone == "gabor":
             if padding != "zeros":
                 msg = "The filter bank has a padding of its own: leave padding out, or choose another backbone."
@@ -121,6 +120,7 @@ class Encoder(nn.Module):
                 raise CflowError(msg)
             layers = BACKBONES[backbone].layers
         self.layers = list(layers)
+        self._check_neighbourhood()
         unknown = [layer for layer in self.layers if layer not in dict(network.named_modules())]
         if unknown or not self.layers:
             msg = (
@@ -153,9 +153,19 @@ class Encoder(nn.Module):
         if unknown:
             msg = f"'gabor' has no layer {', '.join(map(repr, unknown))}; choose from {', '.join(FilterBank.layers)}."
             raise CflowError(msg)
+        self._check_neighbourhood()
         self.network = FilterBank(self.layers)
         self.eval()
         self.channels = [features.shape[1] for features in self(torch.zeros(1, 3, _LARGE_ENOUGH, _LARGE_ENOUGH))]
+
+    def _check_neighbourhood(self) -> None:
+        cells = self.neighbourhood
+        if len(cells) != len(self.layers) or any(number < 1 or number % 2 == 0 for number in cells):
+            msg = (
+                f"neighbourhood must be a positive odd number of cells, or one for each of the {len(self.layers)} "
+                f"layers, got {self._neighbourhood}."
+            )
+            raise CflowError(msg)
 
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in eval mode: batch norm must never see a training batch."""
@@ -174,10 +184,18 @@ class Encoder(nn.Module):
         """
         features = self.network(images)
         pyramid = [features[layer] for layer in self.layers]
-        if self.neighbourhood == 1:
-            return pyramid
-        size = self.neighbourhood
-        return [functional.avg_pool2d(part, size, 1, size // 2, count_include_pad=False) for part in pyramid]
+        return [
+            part if cells == 1 else functional.avg_pool2d(part, cells, 1, cells // 2, count_include_pad=False)
+            for part, cells in zip(pyramid, self.neighbourhood, strict=True)
+        ]
+
+    @property
+    def neighbourhood(self) -> list[int]:
+        """Over how many cells in either direction the features of each layer are averaged."""
+        asked, layers = self._neighbourhood, len(self.layers)
+        if asked is None:
+            return [1] + [3] * (layers - 1)
+        return [asked] * layers if isinstance(asked, int) else list(asked)
 
     def check_size(self, size: Sequence[int]) -> None:
         """Raise if images are too small for the coarsest layer.

@@ -1,9 +1,11 @@
 """From log-likelihoods to an anomaly map and an image score (end of section 4.2)."""
 
-__all__ = ["AnomalyScoring", "FoldedScoring"]
+__all__ = ["Aggregation", "AnomalyScoring", "FoldedScoring"]
 
+import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,21 +16,47 @@ from torch.nn import functional
 from cflow_plugin.errors import CflowError
 from cflow_plugin.modules import take_shapes_from_checkpoints
 
+Aggregation = Literal["surprise", "probability"]
+
 # A single extreme training vector must not set a scale's constant, so the "maximum" of the paper is this quantile.
 _UPPER_QUANTILE = 0.999
+# Among good cells the logarithm of the share that is as unlikely falls about linearly with the log-likelihood. The line
+# goes through these two shares: one is well known from few images, the other shows how far good cells go astray.
+_OFTEN, _RARELY = 0.1, 0.001
+# A cell that is ten times rarer comes closer to 1 by this exponent: 0.5 is one good cell in 3,000, 0.9 one in 10^11.
+_RATE = 0.2
+# Good cells may all be alike, as in images of one colour; a shorter decade (nats per dimension) is not believed.
+_SHORTEST_DECADE = 1e-3
 # The image score is read on every fourth pixel: the map is smooth at that distance, and the selection 16 times cheaper.
 _SCORE_STRIDE = 4
+# About what a typical good cell has: a scale that sees nothing must not silence another that does.
+_LEAST = 0.05
 
 
 class AnomalyScoring(nn.Module):
     r"""Turn log-likelihoods of all scales into an anomaly map and an image score.
 
-    For each scale :math:`k` and position :math:`i`, :math:`p_i^k = \min(1, e^{\ell_i^k - e_i^k - m_k})` with
-    :math:`\ell` the log-likelihood per dimension, :math:`e_i` a correction of what is usual at the position, and
-    :math:`m_k` the upper quantile of :math:`\ell - e` over *training* features; the map is
-    :math:`S = 1 - \frac{1}{K} \sum_k b(p^k)` with :math:`b` bilinear upsampling and Gaussian smoothing. The constants
-    :math:`e` and :math:`m` do not depend on what else is in a batch, so neither does any score. Dividing by K keeps
-    scores below one: torchmetrics takes larger ones for logits, and changes them batch by batch.
+    For each scale :math:`k` and position :math:`i`,
+
+    .. math:: p_i^k = \min\big(1, e^{(\ell_i^k - e_i^k - m_k) / \tau_k}\big)
+
+    with :math:`\ell` the log-likelihood per dimension, :math:`e_i` a correction of what is usual at the position, and
+    two constants of the scale. They are of *good* cells, not of what else is in a batch, so neither does any score
+    depend on that. :math:`b` is bilinear upsampling and Gaussian smoothing.
+
+    ``surprise``: :math:`p = e^{-x / 5}` for a cell as unlikely as one good cell in :math:`10^x` is; a typical
+    good cell has p = 1, so that good parts are dark at every scale. The map is a weighted geometric mean over the
+    scales,
+
+    .. math:: S \propto \prod_k \max\big(\epsilon, b(1 - p^k)\big)^{w_k} - \epsilon, \qquad w_k \propto \tau_k^{-2}.
+
+    So both scales must be surprised, and the one whose good cells differ less says where: :math:`\tau` is the length
+    of their distribution's tail, the noise that an anomaly has to stand out from, and weights inverse to the squared
+    noise are those of the best linear combination of independent measurements.
+
+    ``probability``: the paper's sum of probabilities, :math:`S = 1 - \frac{1}{K} \sum_k b(p^k)` with :math:`\tau = 1`
+    and :math:`m` the upper quantile of :math:`\ell - e` over training features. Dividing by K keeps scores below one:
+    torchmetrics takes larger ones for logits, and changes them batch by batch.
 
     Without :math:`e` the outermost cells, whose features the encoder computes from its zero padding, look anomalous in
     every image. They are corrected by their whole distance to the interior, and each position by the share
@@ -40,13 +68,19 @@ class AnomalyScoring(nn.Module):
         top_fraction: The image score is the mean of this fraction of the map's highest values; 0 takes the maximum.
         position_correction: Share of a position's mean that is corrected; 0 switches the correction off, borders
             included.
+        aggregation: How the scales make one map.
 
     Raises:
         CflowError: If a setting is out of range.
     """
 
     def __init__(
-        self, scales: int, sigma: float = 4.0, top_fraction: float = 0.01, position_correction: float = 0.25
+        self,
+        scales: int,
+        sigma: float = 2.0,
+        top_fraction: float = 0.0025,
+        position_correction: float = 0.25,
+        aggregation: Aggregation = "surprise",
     ) -> None:
         super().__init__()
         if not sigma >= 0:
@@ -56,11 +90,17 @@ class AnomalyScoring(nn.Module):
             if not 0 <= value <= 1:
                 msg = f"{name} must lie between 0 and 1, got {value}."
                 raise CflowError(msg)
+        if aggregation not in ("surprise", "probability"):
+            msg = f"aggregation must be 'surprise' or 'probability', got {aggregation!r}."
+            raise CflowError(msg)
         self.sigma = sigma
         self.top_fraction = top_fraction
         self.position_correction = position_correction
+        self.aggregation: Aggregation = aggregation
         self.log_maximum: torch.Tensor
+        self.temperature: torch.Tensor
         self.register_buffer("log_maximum", torch.full((scales,), float("nan")))
+        self.register_buffer("temperature", torch.ones(scales))
         for scale in range(scales):
             # Of the map's size once it is known; one cell stands for every size.
             self.register_buffer(f"correction_{scale}", torch.zeros(1, 1))
@@ -72,11 +112,14 @@ class AnomalyScoring(nn.Module):
         return bool(torch.isfinite(self.log_maximum).all())
 
     @torch.no_grad()
-    def calibrate(self, log_likelihoods: Sequence[torch.Tensor]) -> None:
-        """Set the constants from the training features' log-likelihoods.
+    def calibrate(self, log_likelihoods: Sequence[torch.Tensor], unseen: Sequence[torch.Tensor] | None = None) -> None:
+        """Set the constants from good images' log-likelihoods.
 
         Args:
-            log_likelihoods: For each scale ``(N, H_k, W_k)``, nats per dimension; NaN at positions not looked at.
+            log_likelihoods: For each scale ``(N, H_k, W_k)``, nats per dimension, of training features; NaN at
+                positions not looked at. The corrections are theirs.
+            unseen: The same of good images that were not trained on, which say how far good cells go astray. ``None``
+                takes the training features for them.
         """
         for scale, values in enumerate(log_likelihoods):
             values = values.float()
@@ -86,11 +129,20 @@ class AnomalyScoring(nn.Module):
                 border = _border_correction(mean)
                 correction = border + self.position_correction * (mean - border)
             setattr(self, f"correction_{scale}", correction)
-            corrected = values - correction
-            corrected = corrected[torch.isfinite(corrected)]
-            # ``torch.quantile`` refuses more than 2^24 values; the k-th value has no such limit.
-            rank = max(1, round(_UPPER_QUANTILE * corrected.numel()))
-            self.log_maximum[scale] = corrected.kthvalue(rank).values
+            if self.aggregation == "probability":
+                self.log_maximum[scale] = _quantile(values - correction, _UPPER_QUANTILE)
+                continue
+            cells = (values if unseen is None else unseen[scale].float()) - correction
+            often, rarely = _quantile(cells, _OFTEN), _quantile(cells, _RARELY)
+            decade = (often - rarely) / math.log10(_OFTEN / _RARELY)
+            self.log_maximum[scale] = often - math.log10(_OFTEN) * decade
+            self.temperature[scale] = decade.clamp_min(_SHORTEST_DECADE) / _RATE
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """What each scale counts in the map, ``(K,)``; the sum is one."""
+        weights = self.temperature**-2 if self.aggregation == "surprise" else torch.ones_like(self.temperature)
+        return weights / weights.sum()
 
     def log_normalizer(self, scale: int, size: tuple[int, int]) -> torch.Tensor:
         """The constants :math:`e_i^k + m_k` of one scale, ``(H_k, W_k)``, for a feature map of this size."""
@@ -107,12 +159,7 @@ class AnomalyScoring(nn.Module):
             sizes: Height and width of each scale's feature map.
             size: Height and width of the anomaly map.
         """
-        return FoldedScoring(
-            [self.log_normalizer(scale, map_size) for scale, map_size in enumerate(sizes)],
-            size,
-            self.sigma,
-            self.top_fraction,
-        )
+        return FoldedScoring(self, sizes, size)
 
     def forward(
         self, log_likelihoods: Sequence[torch.Tensor], size: tuple[int, int]
@@ -124,8 +171,7 @@ class AnomalyScoring(nn.Module):
             size: Height and width of the map.
 
         Returns:
-            The maps, ``(B, 1, H, W)``, between 0 (as likely as the likeliest training features) and 1, and the image
-            scores, ``(B,)``.
+            The maps, ``(B, 1, H, W)``, between 0 (as likely as good cells are) and 1, and the image scores, ``(B,)``.
         """
         sizes = [(values.shape[-2], values.shape[-1]) for values in log_likelihoods]
         return self.folded(sizes, size)(log_likelihoods)
@@ -135,32 +181,38 @@ class FoldedScoring(nn.Module):
     """The scoring with all its constants computed for fixed sizes.
 
     Args:
-        log_normalizers: For each scale ``(H_k, W_k)``, in nats per dimension.
+        scoring: The calibrated scoring.
+        sizes: Height and width of each scale's feature map.
         size: Height and width of the anomaly map.
-        sigma: See :class:`AnomalyScoring`.
-        top_fraction: See :class:`AnomalyScoring`.
     """
 
-    def __init__(
-        self, log_normalizers: Sequence[torch.Tensor], size: tuple[int, int], sigma: float, top_fraction: float
-    ) -> None:
+    def __init__(self, scoring: AnomalyScoring, sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> None:
         super().__init__()
-        for scale, normalizer in enumerate(log_normalizers):
+        self.temperatures: list[float] = scoring.temperature.tolist()
+        self.weights: list[float] = scoring.weights.tolist()
+        for scale, (height, width) in enumerate(sizes):
+            normalizer = scoring.log_normalizer(scale, (height, width))
             self.register_buffer(f"normalizer_{scale}", normalizer)
-            rows = _upsampling_matrix(normalizer.shape[0], size[0], sigma) / len(log_normalizers)
+            rows = _upsampling_matrix(height, size[0], scoring.sigma)
             self.register_buffer(f"rows_{scale}", rows.to(normalizer))
-            columns = _upsampling_matrix(normalizer.shape[1], size[1], sigma).T
+            columns = _upsampling_matrix(width, size[1], scoring.sigma).T
             self.register_buffer(f"columns_{scale}", columns.to(normalizer).contiguous())
-        self.top_fraction = top_fraction
+        self.is_product = scoring.aggregation == "surprise"
+        self.top_fraction = scoring.top_fraction
 
     def forward(self, log_likelihoods: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what :meth:`AnomalyScoring.forward` computes."""
         maps = []
-        for scale, values in enumerate(log_likelihoods):
+        for scale, (values, temperature, weight) in enumerate(
+            zip(log_likelihoods, self.temperatures, self.weights, strict=True)
+        ):
             normalizer, rows, columns = (getattr(self, f"{name}_{scale}") for name in ("normalizer", "rows", "columns"))
-            surprise = 1 - torch.exp(values - normalizer).clamp(max=1)
-            maps.append(rows @ surprise @ columns)
+            surprise = 1 - torch.exp((values - normalizer) / temperature).clamp(max=1)
+            upsampled = rows @ surprise @ columns
+            maps.append(weight * (upsampled.clamp_min(_LEAST).log() if self.is_product else upsampled))
         anomaly_map = reduce(torch.add, maps)
+        if self.is_product:
+            anomaly_map = (anomaly_map.exp() - _LEAST) / (1 - _LEAST)
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
@@ -186,6 +238,13 @@ def _upsampling_matrix(cells: int, pixels: int, sigma: float) -> torch.Tensor:
     # The kernel is cut at the border and renormalised, so that no value from outside the image is invented.
     kernel = torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
     return (kernel / kernel.sum(1, keepdim=True)) @ matrix
+
+
+def _quantile(values: torch.Tensor, share: float) -> torch.Tensor:
+    """The value that a share of all finite values does not exceed."""
+    finite = values[torch.isfinite(values)]
+    # ``torch.quantile`` refuses more than 2^24 values; the k-th value has no such limit.
+    return finite.kthvalue(max(1, round(share * finite.numel()))).values
 
 
 def _border_correction(mean: torch.Tensor) -> torch.Tensor:

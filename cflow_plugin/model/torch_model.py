@@ -14,7 +14,7 @@ from cflow_plugin.model.encoder import Encoder, Padding
 from cflow_plugin.model.flow import ConditionalFlow, Permutation
 from cflow_plugin.model.folded import FoldedModel
 from cflow_plugin.model.position import positional_encoding_2d
-from cflow_plugin.model.scoring import AnomalyScoring
+from cflow_plugin.model.scoring import Aggregation, AnomalyScoring
 from cflow_plugin.modules import ModuleListOf
 
 
@@ -28,11 +28,12 @@ class CflowModel(nn.Module):
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the blocks' log-scales.
         permutation: Permutation between the blocks, see :class:`~cflow_plugin.model.flow.CouplingBlock`.
-        neighbourhood: Features are averaged over this many cells in either direction; 1 takes them as they are.
+        neighbourhood: See :class:`~cflow_plugin.model.encoder.Encoder`.
         padding: What the convolutions see beyond the border, see :class:`~cflow_plugin.model.encoder.Encoder`.
         sigma: Smoothing of the anomaly map, in pixels.
         top_fraction: Part of the map's highest values that makes the image score.
         position_correction: See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
+        aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
 
     Raises:
         CflowError: If a setting is out of range, or the encoder cannot be built.
@@ -46,11 +47,12 @@ class CflowModel(nn.Module):
         coupling_blocks: int = 8,
         clamp: float = 1.9,
         permutation: Permutation = "swap",
-        neighbourhood: int = 3,
+        neighbourhood: int | Sequence[int] | None = None,
         padding: Padding = "zeros",
-        sigma: float = 4.0,
-        top_fraction: float = 0.01,
+        sigma: float = 2.0,
+        top_fraction: float = 0.0025,
         position_correction: float = 0.25,
+        aggregation: Aggregation = "surprise",
     ) -> None:
         super().__init__()
         self.condition_dims = condition_dims
@@ -59,7 +61,7 @@ class CflowModel(nn.Module):
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
             for channels in self.encoder.channels
         )
-        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction)
+        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction, aggregation)
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
         self._folded: dict[tuple[int, int], FoldedModel] = {}
         self.register_load_state_dict_post_hook(_drop_folded)
@@ -122,13 +124,14 @@ class CflowModel(nn.Module):
             decoder.whitening.fit(vectors)
         self.drop_folded()
 
-    def calibrate(self, log_likelihoods: Sequence[torch.Tensor]) -> None:
+    def calibrate(self, log_likelihoods: Sequence[torch.Tensor], unseen: Sequence[torch.Tensor] | None = None) -> None:
         """Set the scoring constants; see :meth:`AnomalyScoring.calibrate`.
 
         Args:
             log_likelihoods: For each scale ``(N, H_k, W_k)``, nats per dimension, of training features.
+            unseen: The same of good images that were not trained on, if there are any.
         """
-        self.scoring.calibrate(log_likelihoods)
+        self.scoring.calibrate(log_likelihoods, unseen)
         self.drop_folded()
 
     def train(self, mode: bool = True) -> "CflowModel":

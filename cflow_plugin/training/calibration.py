@@ -1,9 +1,9 @@
-"""What is set when training ends: scoring constants from training features, thresholds from reference images."""
+"""What is set when training ends: scoring constants from good features, thresholds from reference images."""
 
 __all__ = ["Calibration", "log_likelihoods_of", "scores_of"]
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -86,7 +86,12 @@ class Calibration:
     def _set_constants(self, module: AnomalibModule, images: int) -> None:
         if self.vectors is not None and self.vectors.bank is not None:
             model = cast("CflowModel", module.model)
-            model.calibrate(log_likelihoods_of(self.vectors.bank, model, images, self.vectors.seed))
+            bank, seed = self.vectors.bank, self.vectors.seed
+            unseen = bank.unseen_features
+            model.calibrate(
+                log_likelihoods_of(bank, bank.features, model, images, seed),
+                log_likelihoods_of(bank, unseen, model, images, seed) if len(unseen[0]) else None,
+            )
 
     def _set_thresholds(self, module: AnomalibModule) -> None:
         if self.reference is None or self._score is None:
@@ -100,11 +105,14 @@ class Calibration:
 
 
 @torch.no_grad()
-def log_likelihoods_of(bank: FeatureBank, model: CflowModel, images: int, seed: int) -> list[torch.Tensor]:
-    """Log-likelihoods of some training images' features, for :meth:`CflowModel.calibrate`.
+def log_likelihoods_of(
+    bank: FeatureBank, features: Sequence[torch.Tensor], model: CflowModel, images: int, seed: int
+) -> list[torch.Tensor]:
+    """Log-likelihoods of some images' features, for :meth:`CflowModel.calibrate`.
 
     Args:
-        bank: The training features.
+        bank: Knows the features' positions.
+        features: Its features, of images that are trained on or of the others.
         model: The model.
         images: Number of images, drawn at random.
         seed: Seed of the draw.
@@ -113,14 +121,12 @@ def log_likelihoods_of(bank: FeatureBank, model: CflowModel, images: int, seed: 
         For each scale ``(N, H_k, W_k)``, nats per dimension; NaN at positions that the bank does not keep.
     """
     result = []
-    chosen = torch.randperm(len(bank.features[0]), generator=torch.Generator().manual_seed(seed))[:images]
-    for decoder, features, positions, size in zip(
-        model.decoders, bank.features, bank.positions, bank.sizes, strict=True
-    ):
-        condition = model.condition(*size, features)[positions]
-        likelihood = features.new_full((len(chosen), size[0] * size[1]), float("nan"))
+    chosen = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(seed))[:images]
+    for decoder, vectors, positions, size in zip(model.decoders, features, bank.positions, bank.sizes, strict=True):
+        condition = model.condition(*size, vectors)[positions]
+        likelihood = vectors.new_full((len(chosen), size[0] * size[1]), float("nan"))
         for row, image in enumerate(chosen):
-            likelihood[row, positions] = decoder.log_likelihood(features[image], condition)
+            likelihood[row, positions] = decoder.log_likelihood(vectors[image], condition)
         result.append(likelihood.unflatten(1, size))
     return result
 

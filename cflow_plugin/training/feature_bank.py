@@ -2,7 +2,7 @@
 
 __all__ = ["FeatureBank", "VectorBatch"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,48 +47,89 @@ class VectorBatch:
 
 
 class FeatureBank:
-    """Features of the training images at every scale, or at a random part of the positions where memory asks for it.
+    """Features of good images at every scale, or at a part of the positions where memory asks for it.
+
+    Which part depends on whose turn it is: from turn to turn it moves on through all positions in random order.
+
+    Some images vouch for the others: they are not trained on, and their likelihood says what a new good image's is.
 
     Args:
         sizes: Height and width of each scale's feature map, fine to coarse.
-        generator: Source of the choice of positions, on the CPU.
+        images: Number of images the bank will hold in the end: memory is taken for so many at once, since putting
+            batches together afterwards would take twice as much.
+        unseen: How many of them are not trained on.
+        generator: Source of all choices, on the CPU; the same in each turn.
+        turn_of: Given how many vectors of the finest scale are kept, tells whose turn it is.
+
+    Attributes:
+        turn: Whose turn it is.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        images: int,
+        unseen: int,
+        generator: torch.Generator,
+        turn_of: Callable[[int], int] = lambda _: 0,
+    ) -> None:
         self.sizes = list(sizes)
+        self._expected = images
+        self._trained_on = images - unseen
+        # In which row each image is kept, in the order of their coming; the last rows are not trained on.
+        self._rows = torch.randperm(images, generator=generator)
         self._generator = generator
+        self._turn_of = turn_of
+        self.turn = 0
         self._features: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
         self._images = 0
 
-    def add(self, pyramid: Sequence[torch.Tensor], images_expected: int) -> None:
+    def add(self, pyramid: Sequence[torch.Tensor]) -> None:
         """Add the features of a batch of images.
 
         Args:
             pyramid: For each scale ``(B, D_k, H_k, W_k)``.
-            images_expected: Number of images the bank will hold in the end: memory is taken for so many at once, since
-                putting batches together afterwards would take twice as much.
         """
         if not self._positions:
-            total = images_expected * sum(features[0].numel() * features.element_size() for features in pyramid)
-            kept = min(1.0, _MAXIMUM_BYTES / max(1, total))
+            total = self._expected * sum(features[0].numel() * features.element_size() for features in pyramid)
+            share = min(1.0, _MAXIMUM_BYTES / max(1, total))
             for height, width in self.sizes:
+                count = max(1, int(share * height * width))
                 order = torch.randperm(height * width, generator=self._generator)
-                self._positions.append(order[: max(1, int(kept * height * width))].sort().values)
+                if not self._positions:
+                    self.turn = self._turn_of(self._expected * count)
+                self._positions.append(order.roll(-self.turn * count)[:count].sort().values)
             self._features = [
-                features.new_empty(images_expected, len(positions), features.shape[1])
+                features.new_empty(self._expected, len(positions), features.shape[1])
                 for features, positions in zip(pyramid, self._positions, strict=True)
             ]
-        end = self._images + len(pyramid[0])
+        rows = self._rows[self._images : self._images + len(pyramid[0])]
         for kept, features, positions in zip(self._features, pyramid, self._positions, strict=True):
             vectors = features.flatten(2).transpose(1, 2)
-            kept[self._images : end] = vectors[:, positions.to(vectors.device)]
-        self._images = end
+            kept[rows.to(kept.device)] = vectors[:, positions.to(vectors.device)]
+        self._images += len(rows)
+
+    @property
+    def share(self) -> float:
+        """Share of the finest scale's positions that is kept."""
+        height, width = self.sizes[0]
+        return len(self._positions[0]) / (height * width)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is the turn of other positions."""
+        return self.share < 1 and self.turn != self._turn_of(self._expected * len(self._positions[0]))
 
     @property
     def features(self) -> list[torch.Tensor]:
-        """For each scale ``(I, P_k, D_k)`` over all I images."""
-        return [kept[: self._images] for kept in self._features]
+        """For each scale ``(I, P_k, D_k)`` over the I images that are trained on."""
+        return [kept[: self._trained_on] for kept in self._features]
+
+    @property
+    def unseen_features(self) -> list[torch.Tensor]:
+        """For each scale ``(I, P_k, D_k)`` over the I images that are not trained on."""
+        return [kept[self._trained_on :] for kept in self._features]
 
     @property
     def positions(self) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from cflow_plugin.images.loading import images_in
 from cflow_plugin.model import weights as encoder_weights
 from cflow_plugin.model.encoder import Padding
 from cflow_plugin.model.flow import Permutation
+from cflow_plugin.model.scoring import Aggregation
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training import checkpoints, optimization, resuming
 from cflow_plugin.training.calibration import Calibration
@@ -50,28 +51,29 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             paper's; any other timm CNN works with its ``layers`` named. ``gabor`` is a fixed bank of filters that needs
             no download, for trying things out.
         layers: Layers of the encoder to take features from, fine to coarse. By default the paper's three.
-        pre_trained: Give the encoder ImageNet weights: those of ``weights``, or else timm's. ``false`` leaves it
-            untrained.
-        weights: Local file with the encoder's weights (.safetensors or .pth), for machines without internet access.
+        pre_trained: Give the encoder ImageNet weights: those of ``weights``, or else timm's.
+        weights: Local file with the encoder's weights (.safetensors or .pth), for machines without a network.
         image_size: Height and width in pixels that images are resized to.
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the coupling blocks' log-scales.
         permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper,
             ``soft`` multiplies it by a random orthogonal matrix as the original code does.
-        neighbourhood: Average each feature over this many cells in either direction (odd); 1 as in the paper.
+        neighbourhood: Average features over so many cells in either direction (odd), one number or one for each layer;
+            1 as in the paper. By default the finest layer is left as it is, and the others take 3.
         padding: What the encoder's convolutions see beyond the border: ``zeros``, or their own input mirrored
             (``reflect``), as in the original code's ResNets.
         whiten: Start the decoders from the training features' covariance. The paper does not.
-        noise: Standard deviation of the noise added to training features, in units of their own (whitened) standard
-            deviation. It keeps the decoders from learning few training images by heart. 0 as in the paper.
+        noise: Standard deviation of noise added to training features, in units of their whitened one, so that few
+            training images are not learned by heart. 0 as in the paper.
         sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
-        top_fraction: The image score is the mean over this fraction of the map's highest pixels; 0 takes the maximum
-            as the paper does.
-        position_correction: Share of a position's mean log-likelihood over the training images that is not held
-            against it; the outermost cells, which see the encoder's zero padding, are corrected in full. 0 as in the
-            paper.
-        epochs: Length of the recipe in epochs, where ``--trainer.max_epochs`` does not set another.
+        top_fraction: The image score is the mean of this fraction of the map's highest pixels; 0: maximum (paper).
+        position_correction: Share of a position's mean log-likelihood that is not held against it; the outermost
+            cells, which see the encoder's zero padding, are corrected in full. 0 as in the paper.
+        aggregation: ``surprise`` multiplies the scales' evidence, measured by how rare it is among good cells;
+            ``probability`` adds up probabilities as in the paper.
+        unseen_share: Share of the training images that only says how likely good cells are; 0 with fewer than eight.
+        epochs: Length, where ``--trainer.max_epochs`` sets none; by default it grows with the number of images.
         steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
         vectors_per_step: Feature vectors of the finest scale in a step; coarser scales take part in proportion to
             their positions.
@@ -116,14 +118,16 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         coupling_blocks: int = 8,
         clamp: float = 1.9,
         permutation: Permutation = "swap",
-        neighbourhood: int = 3,
+        neighbourhood: int | list[int] | None = None,
         padding: Padding = "zeros",
         whiten: bool = True,
         noise: float = 0.6,
-        sigma: float = 4.0,
-        top_fraction: float = 0.01,
+        sigma: float = 2.0,
+        top_fraction: float = 0.0025,
         position_correction: float = 0.25,
-        epochs: int = 8,
+        aggregation: Aggregation = "surprise",
+        unseen_share: float = 0.1,
+        epochs: int | None = None,
         steps_per_epoch: int | None = 30,
         vectors_per_step: int = 512,
         learning_rate: float = 2e-3,
@@ -143,7 +147,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             vectors_per_step=vectors_per_step,
             learning_rate=learning_rate,
         )
-        check_not_negative(noise=noise)
+        check_not_negative(noise=noise, unseen_share=unseen_share)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
         reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         size = (image_size[0], image_size[1])
@@ -165,6 +169,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             sigma=sigma,
             top_fraction=top_fraction,
             position_correction=position_correction,
+            aggregation=aggregation,
         )
         self.reference = reference
         self.progress = resuming.Progress()
@@ -219,6 +224,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             vectors_per_step=self.hparams["vectors_per_step"],
             with_noise=self.hparams["noise"] > 0,
             seed=seed,
+            unseen_share=self.hparams["unseen_share"],
             rank=self.global_rank,
             processes=self.trainer.world_size,
         )

@@ -1,14 +1,18 @@
 """Settings that are out of range, and the length of a run where the user has not set one."""
 
-__all__ = ["check_not_negative", "check_positive", "false_alarm_rate", "plan_run"]
+__all__ = ["check_not_negative", "check_positive", "false_alarm_rate", "plan_run", "recipe_epochs"]
 
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
 
 from cflow_plugin.anomalib_patches.screen import leave_out_summary
 from cflow_plugin.errors import CflowError
+from cflow_plugin.images.loading import data_module_of
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
+_SHORTEST_RUN = 8  # epochs, for so few images or fewer:
+_FEW_IMAGES = 32
+_LONGEST_RUN = 200
 
 
 def check_positive(**settings: float | None) -> None:
@@ -62,20 +66,37 @@ def false_alarm_rate(asked: float | str | None, may_be_kept: bool) -> tuple[floa
     return asked, False
 
 
-def plan_run(trainer: Trainer, epochs: int) -> None:
+def recipe_epochs(images: int) -> int:
+    """How many epochs of the default number of steps the recipe takes.
+
+    Few images are soon known by heart, and many have more to tell; but thousands are much alike.
+
+    Args:
+        images: Number of training images.
+
+    Example:
+        >>> [recipe_epochs(images) for images in (1, 30, 200, 320, 40_000)]
+        [8, 8, 32, 45, 200]
+    """
+    return min(_LONGEST_RUN, round(_SHORTEST_RUN * max(1.0, images / _FEW_IMAGES) ** 0.75))
+
+
+def plan_run(trainer: Trainer, epochs: int | None) -> None:
     """Give a run the recipe's length, and one validation at its end, where the user has not asked for others.
 
     Args:
         trainer: The trainer, being set up.
-        epochs: The recipe's length.
+        epochs: The recipe's length; ``None`` takes the one for the number of training images.
     """
     leave_out_summary(trainer)
+    data = data_module_of(trainer)
     loops = trainer.fit_loop
     if loops.max_epochs == _LIGHTNING_DEFAULT_EPOCHS:
-        loops.max_epochs = epochs
+        # Who passes bare loaders is told so later.
+        loops.max_epochs = epochs or recipe_epochs(1 if data is None else len(data.train_data))
     if trainer.check_val_every_n_epoch == 1 and loops.max_epochs and loops.max_epochs > 0:
         # Thresholds are wanted of the trained model only.
         trainer.check_val_every_n_epoch = loops.max_epochs
-    if getattr(getattr(trainer, "datamodule", None), "val_split_mode", None) == ValSplitMode.NONE:
+    if getattr(data, "val_split_mode", None) == ValSplitMode.NONE:
         # anomalib's data modules fail when they are asked for validation images that they do not have.
         trainer.limit_val_batches = 0

@@ -1,6 +1,6 @@
 """An epoch's batches of feature vectors, in the place of the loader of images."""
 
-__all__ = ["TrainOnVectors", "VectorLoader", "is_random"]
+__all__ = ["TrainOnVectors", "VectorLoader", "is_random", "unseen_images"]
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,11 @@ from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.training.loader_replacement import LoaderReplacement
 
 logger = logging.getLogger(__name__)
+
+# With fewer images, a whole one that is not trained on costs more than it tells.
+_FEWEST_IMAGES = 8
+# Tens of thousands of cells: the rarest of a thousand is known well.
+_ENOUGH_UNSEEN = 32
 
 
 class TrainOnVectors(LoaderReplacement):
@@ -59,7 +64,8 @@ class TrainOnVectors(LoaderReplacement):
 class VectorLoader:
     """Batches of feature vectors of a loader's images.
 
-    The features are computed in the first epoch, and again in each if the images are augmented at random.
+    The features are computed in the first epoch, and again in each if the images are augmented at random. Where memory
+    does not hold all, they are computed again, at other positions, when about all that are there have been taken.
 
     Args:
         images: Loader of the images to train on.
@@ -70,6 +76,7 @@ class VectorLoader:
         vectors_per_step: Vectors of the finest scale in a batch; coarser ones have their share.
         with_noise: Draw noise as well.
         seed: The same seed and epoch give the same batches.
+        unseen_share: Share of the images that are not trained on, see :func:`unseen_images`.
         rank: Number of this process.
         processes: How many there are; each gets its part of every batch.
     """
@@ -85,6 +92,7 @@ class VectorLoader:
         vectors_per_step: int,
         with_noise: bool,
         seed: int,
+        unseen_share: float = 0.0,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
@@ -97,6 +105,7 @@ class VectorLoader:
         self._steps = steps
         self._vectors_per_step = vectors_per_step
         self._with_noise = with_noise
+        self._unseen = unseen_images(images_in(images), unseen_share)
         self._rank = rank
         self._processes = processes
 
@@ -112,7 +121,7 @@ class VectorLoader:
         """Draw one epoch's batches."""
         if self.bank is None or is_random(getattr(self.images.dataset, "augmentations", None)):
             self.bank = None  # two at once may be more than the memory holds
-            self.bank = fill_bank(self.images, self._extract, torch.Generator().manual_seed(self.seed))
+            self.bank = fill_bank(self.images, self._extract, self._unseen, torch.Generator().manual_seed(self.seed))
         self._prepare(self.bank)
         cells = [height * width for height, width in self.bank.sizes]
         vectors = [max(1, self._vectors_per_step * count // cells[0]) for count in cells]
@@ -120,17 +129,27 @@ class VectorLoader:
         for batch in self.bank.batches(len(self), vectors, generator, self._with_noise):
             yield share_of_batch(batch, self._rank, self._processes)
 
+    def _turn_of(self, vectors_kept: int) -> int:
+        """Whose turn it is in this epoch, for a resumed run as well."""
+        return int(self._epoch() * min(1.0, len(self) * self._vectors_per_step / vectors_kept))
+
 
 @torch.no_grad()
 def fill_bank(
-    images: DataLoader[Any], extract: Callable[[torch.Tensor], Sequence[torch.Tensor]], generator: torch.Generator
+    images: DataLoader[Any],
+    extract: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    unseen: int,
+    generator: torch.Generator,
+    turn_of: Callable[[int], int] = lambda _: 0,
 ) -> FeatureBank:
     """Compute the features of all images.
 
     Args:
         images: Loader of images.
         extract: See :class:`VectorLoader`.
-        generator: Chooses positions where memory does not hold all.
+        unseen: How many of the images are not to be trained on.
+        generator: Chooses them, and positions where memory does not hold all.
+        turn_of: See :class:`FeatureBank`.
 
     Raises:
         CflowError: If there is no image, or a feature is not finite.
@@ -145,12 +164,33 @@ def fill_bank(
             msg = "The training features hold NaN or infinite values: check the training images and encoder weights."
             raise CflowError(msg)
         if bank is None:
-            bank = FeatureBank([(part.shape[-2], part.shape[-1]) for part in pyramid], generator)
-        bank.add(pyramid, images_expected=count)
+            sizes = [(part.shape[-2], part.shape[-1]) for part in pyramid]
+            bank = FeatureBank(sizes, count, unseen, generator, turn_of)
+        bank.add(pyramid)
     if bank is None:
         msg = "There is no training image; check --data.root and --data.category."
         raise CflowError(msg)
+    if bank.share < 1:
+        logger.info("Memory holds %.2g %% of the positions; others will have their turn.", 100 * bank.share)
     return bank
+
+
+def unseen_images(images: int, share: float) -> int:
+    """How many images vouch for the others, which are trained on.
+
+    None of a few, where each is needed; and never more than say enough.
+
+    Args:
+        images: How many there are.
+        share: Share that is asked for.
+
+    Example:
+        >>> [unseen_images(images, 0.1) for images in (4, 8, 30, 1000)]
+        [0, 1, 3, 32]
+    """
+    if images < _FEWEST_IMAGES or not share:
+        return 0
+    return min(_ENOUGH_UNSEEN, images // 2, max(1, round(share * images)))
 
 
 def is_random(augmentations: Transform | Any | None) -> bool:
