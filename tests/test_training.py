@@ -142,7 +142,7 @@ def test_features_beyond_the_memory_s_limit(tmp_path, textures, monkeypatch):
             bank = pl_module.calibration.vectors.bank
             kept.append(bank.positions[0])
 
-    model = quick_model(epochs=6)
+    model = quick_model(epochs=6, vectors_per_step=4096)  # each epoch takes all that are there
     make_engine(tmp_path, callbacks=[Watch()]).fit(model, datamodule=textures)
     correction = model.model.scoring.correction_0
     count = len(kept[0])
@@ -374,15 +374,22 @@ def test_learning_beats_an_untrained_model_by_a_wide_margin(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.shared
-def test_real_images_with_real_weights(tmp_path):
+@pytest.mark.parametrize(
+    ("category", "pixel", "overlap"),
+    [
+        ("cookies", 0.94, 0.83),  # large defects; Padim has 0.890 and 0.655
+        ("piped_brg01", 0.98, 0.77),  # small ones; Padim has 0.974 and 0.689
+    ],
+)
+def test_real_images_with_real_weights(tmp_path, category, pixel, overlap):
     seed_everything(0)
     model = CflowPlugin(
         layers=["layer2", "layer3"],
         weights=str(SHARED / "weights" / "resnet18.tv_in1k-layer1-3.safetensors"),
         coupling_blocks=4,
     )
-    data = MVTecAD(root=SHARED / "data", category="cookies", num_workers=0)
+    data = MVTecAD(root=SHARED / "data", category=category, num_workers=0)
     [metrics] = make_engine(tmp_path).train(model, datamodule=data)
     assert metrics["image_AUROC"] >= 0.99
-    assert metrics["pixel_AUROC"] >= 0.95
-    assert metrics["pixel_AUPRO"] >= 0.835
+    assert metrics["pixel_AUROC"] >= pixel
+    assert metrics["pixel_AUPRO"] >= overlap

@@ -212,7 +212,7 @@ class FoldedScoring(nn.Module):
             maps.append(weight * (upsampled.clamp_min(_LEAST).log() if self.is_product else upsampled))
         anomaly_map = reduce(torch.add, maps)
         if self.is_product:
-            anomaly_map = (anomaly_map.exp() - _LEAST) / (1 - _LEAST)
+            anomaly_map = ((anomaly_map.exp() - _LEAST) / (1 - _LEAST)).clamp_min(0)  # of what rounding makes negative
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:

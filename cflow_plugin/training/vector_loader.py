@@ -119,9 +119,11 @@ class VectorLoader:
 
     def __iter__(self) -> Iterator[VectorBatch]:
         """Draw one epoch's batches."""
-        if self.bank is None or is_random(getattr(self.images.dataset, "augmentations", None)):
+        changes = is_random(getattr(self.images.dataset, "augmentations", None))
+        if self.bank is None or self.bank.is_due or changes:
             self.bank = None  # two at once may be more than the memory holds
-            self.bank = fill_bank(self.images, self._extract, self._unseen, torch.Generator().manual_seed(self.seed))
+            generator = torch.Generator().manual_seed(self.seed)
+            self.bank = fill_bank(self.images, self._extract, self._unseen, generator, self._turn_of)
         self._prepare(self.bank)
         cells = [height * width for height, width in self.bank.sizes]
         vectors = [max(1, self._vectors_per_step * count // cells[0]) for count in cells]
