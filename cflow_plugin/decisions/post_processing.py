@@ -129,14 +129,23 @@ class ConformalPostProcessor(PostProcessor):
         rank = threshold_rank(len(self.reference_scores), self.rate)
         image, pixel = self.reference_scores[rank - 1], self.reference_maxima[rank - 1]
         set_thresholds(self, image, pixel)
+        self._cut_nothing_off()
+
+    @torch.no_grad()
+    def _cut_nothing_off(self) -> None:
+        """Normalise such that every score between 0 and 1 has a value of its own.
+
+        anomalib divides by the range of the validation scores. With a threshold near one of its ends, all beyond half
+        of the range on the other side becomes 0, or 1: an order that was there is lost, for metrics and for the eye.
+        """
         for threshold, low, high in (
-            (image, self.image_min, self.image_max),
-            (pixel, self.pixel_min, self.pixel_max),
+            (self.image_threshold, self.image_min, self.image_max),
+            (self.pixel_threshold, self.pixel_min, self.pixel_max),
         ):
-            # anomalib divides by the range; this one brings every score between 0 and 1 to where nothing is cut off.
-            half_range = torch.maximum(threshold, 1 - threshold)
-            low.copy_(threshold - half_range)
-            high.copy_(threshold + half_range)
+            if torch.isfinite(threshold):
+                half_range = torch.maximum(threshold, 1 - threshold)
+                low.copy_(threshold - half_range)
+                high.copy_(threshold + half_range)
 
     # p-values
 
@@ -227,6 +236,8 @@ class ConformalPostProcessor(PostProcessor):
         """Fit thresholds to validation scores, unless a rate is asked for."""
         if not self.is_conformal:
             super().on_validation_epoch_end(trainer, pl_module)
+            if self.enable_normalization:
+                self._cut_nothing_off()
 
     # Checkpoints
 
