@@ -147,6 +147,7 @@ def main(
     categories: list[str],
     epochs: int = 8,
     seed: int = 0,
+    only: list[str] | None = None,
     output: Path = Path("results/benchmarks/training"),
 ) -> None:
     """Compare training with anomalib's Cflow and Padim, and write the figures as JSON and Markdown.
@@ -157,6 +158,7 @@ def main(
         categories: Which categories.
         epochs: Epochs of anomalib's Cflow.
         seed: Seed of everything.
+        only: Titles of the rows to measure, for example "CflowPlugin, default recipe"; all by default.
         output: Folder for the results.
     """
     data, weights, output = data.resolve(), weights.resolve(), output.resolve()
@@ -169,9 +171,10 @@ def main(
             (category, f"Cflow, {epochs} epochs", "Cflow", {}, epochs),
             (category, f"CflowPlugin, {epochs} epochs of all vectors", "CflowPlugin", passes, epochs),
             (category, "CflowPlugin, default recipe", "CflowPlugin", {}, None),
-            (category, f"CflowPlugin, {short} epochs of it", "CflowPlugin", {}, short),
+            (category, f"CflowPlugin, {short} epochs", "CflowPlugin", {}, short),
             (category, "Padim", "Padim", {}, None),
         ]
+    plan = [row for row in plan if only is None or row[1] in only]
     rows = []
     for category, title, name, settings, length in track(plan, description="Training"):
         run = in_own_process(measure, name, settings, length, data, category, weights, seed, output / "runs")

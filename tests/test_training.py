@@ -81,7 +81,7 @@ def test_a_run_ends_where_its_recipe_does(tmp_path, textures, asked, expected):
 
 def test_the_recipe_s_length_comes_from_the_number_of_images(tmp_path, textures):
     assert recipe_epochs(len(textures.train_data)) == recipe_epochs(1) == 8
-    assert recipe_epochs(32 * 16) == 8 * recipe_epochs(1)
+    assert recipe_epochs(32 * 16) == 4 * recipe_epochs(1)
     engine = make_engine(tmp_path)
     engine.fit(quick_model(epochs=None, steps_per_epoch=1), datamodule=textures)
     assert engine.trainer.current_epoch == 8

@@ -76,9 +76,9 @@ def recipe_epochs(images: int) -> int:
 
     Example:
         >>> [recipe_epochs(images) for images in (1, 30, 200, 320, 40_000)]
-        [8, 8, 32, 45, 200]
+        [8, 8, 20, 25, 200]
     """
-    return min(_LONGEST_RUN, round(_SHORTEST_RUN * max(1.0, images / _FEW_IMAGES) ** 0.75))
+    return min(_LONGEST_RUN, round(_SHORTEST_RUN * max(1.0, images / _FEW_IMAGES) ** 0.5))
 
 
 def plan_run(trainer: Trainer, epochs: int | None) -> None:
