@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
 
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.training.feature_bank import FeatureBank
+from cflow_plugin.training.optimization import learning_rate_schedule
 from cflow_plugin.training.settings import recipe_epochs
 from cflow_plugin.training.vector_loader import is_random
 
@@ -265,9 +266,25 @@ def test_schedules(tmp_path, textures):
 
 def test_steps_of_a_whole_pass(tmp_path, textures):
     engine = make_engine(tmp_path)
-    # 12 images of 8×8 cells, 128 vectors a step
+    # 11 images that are trained on, of 8×8 cells, 128 vectors a step
     engine.fit(quick_model(steps_per_epoch=None, vectors_per_step=128, epochs=1), datamodule=textures)
-    assert engine.trainer.global_step == 6
+    assert engine.trainer.global_step == 5
+
+
+@pytest.mark.parametrize("kind", ["one_cycle", "cosine"])
+@pytest.mark.parametrize("steps", [*range(2, 12), 100])
+def test_runs_of_any_length_have_a_schedule(kind, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = learning_rate_schedule(optimizer, kind, 0.1, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < steps:
+            scheduler.step()
+    assert (0.05 if steps > 2 else 0.001) <= max(rates) <= 0.1 + 1e-9  # of two steps, one begins and one ends
+    assert rates[-1] <= max(rates)
+    assert np.isfinite(rates).all()
 
 
 @pytest.mark.long

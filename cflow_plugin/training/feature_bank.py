@@ -59,7 +59,7 @@ class FeatureBank:
             batches together afterwards would take twice as much.
         unseen: How many of them are not trained on.
         generator: Source of all choices, on the CPU; the same in each turn.
-        turn_of: Given how many vectors of the finest scale are kept, tells whose turn it is.
+        turn_of: Given how many vectors of the finest scale are there to train on, tells whose turn it is.
 
     Attributes:
         turn: Whose turn it is.
@@ -71,7 +71,7 @@ class FeatureBank:
         images: int,
         unseen: int,
         generator: torch.Generator,
-        turn_of: Callable[[int], int] = lambda _: 0,
+        turn_of: Callable[[int], int],
     ) -> None:
         self.sizes = list(sizes)
         self._expected = images
@@ -98,7 +98,7 @@ class FeatureBank:
                 count = max(1, int(share * height * width))
                 order = torch.randperm(height * width, generator=self._generator)
                 if not self._positions:
-                    self.turn = self._turn_of(self._expected * count)
+                    self.turn = self._turn_of(self._trained_on * count)
                 self._positions.append(order.roll(-self.turn * count)[:count].sort().values)
             self._features = [
                 features.new_empty(self._expected, len(positions), features.shape[1])
@@ -119,7 +119,7 @@ class FeatureBank:
     @property
     def is_due(self) -> bool:
         """Whether it is the turn of other positions."""
-        return self.share < 1 and self.turn != self._turn_of(self._expected * len(self._positions[0]))
+        return self.share < 1 and self.turn != self._turn_of(self._trained_on * len(self._positions[0]))
 
     @property
     def features(self) -> list[torch.Tensor]:

@@ -51,7 +51,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             paper's; any other timm CNN works with its ``layers`` named. ``gabor`` is a fixed bank of filters that needs
             no download, for trying things out.
         layers: Layers of the encoder to take features from, fine to coarse. By default the paper's three.
-        pre_trained: Give the encoder ImageNet weights: those of ``weights``, or else timm's.
+        pre_trained: Give the encoder ImageNet weights: those of ``weights`` or else timm's; ``false``: no weights.
         weights: Local file with the encoder's weights (.safetensors or .pth), for machines without a network.
         image_size: Height and width in pixels that images are resized to.
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).

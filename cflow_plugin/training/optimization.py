@@ -49,7 +49,8 @@ def learning_rate_schedule(
         warmup_share: Share of the steps over which the rate rises before ``cosine``.
     """
     if kind == "one_cycle":
-        return OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2)
+        # torch divides by the length of the rise, pct_start * steps - 1, which must not be 0 (0.2 * 5 - 1 is).
+        return OneCycleLR(optimizer, peak, total_steps=steps, pct_start=max(0.2, 1.5 / steps))
     warmup = min(steps - 1, round(steps * warmup_share))
     fall = CosineAnnealingLR(optimizer, T_max=steps - warmup)
     if not warmup:

@@ -114,7 +114,7 @@ class VectorLoader:
         if self._steps is None:
             first = next(iter(loader_of(self.images.dataset, like=self.images, sampler=[0], batch_size=1)))
             cells = self._extract(first.image)[0].shape[-2:].numel()
-            self._steps = max(1, images_in(self.images) * cells // self._vectors_per_step)
+            self._steps = max(1, (images_in(self.images) - self._unseen) * cells // self._vectors_per_step)
         return self._steps
 
     def __iter__(self) -> Iterator[VectorBatch]:
@@ -142,7 +142,7 @@ def fill_bank(
     extract: Callable[[torch.Tensor], Sequence[torch.Tensor]],
     unseen: int,
     generator: torch.Generator,
-    turn_of: Callable[[int], int] = lambda _: 0,
+    turn_of: Callable[[int], int],
 ) -> FeatureBank:
     """Compute the features of all images.
 
@@ -158,6 +158,8 @@ def fill_bank(
     """
     count = images_in(images)
     logger.info("Extracting the features of %d training images.", count)
+    if unseen:
+        logger.info("%d of them are not trained on: they say how likely good cells are.", unseen)
     bank = None
     # The loader anew, unshuffled: the bank's order, and with it a resumed run, must not depend on earlier draws.
     for batch in loader_of(images.dataset, like=images):
