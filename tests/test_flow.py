@@ -80,6 +80,15 @@ def test_whitening_makes_unit_covariance(monkeypatch, at_once):
     torch.testing.assert_close(log_det, -0.5 * torch.cov(vectors.T).logdet())
 
 
+def test_whitening_takes_in_how_features_change_from_image_to_image():
+    vectors, changes = torch.randn(500, 3) * torch.tensor([1.0, 2.0, 0.1]), torch.randn(40, 3)
+    whitening = Whitening([(3,)], shrinkage=0.0)
+    whitening.fit(vectors, changes)
+    total = torch.cov(vectors.T) + changes.T @ changes / len(changes)
+    torch.testing.assert_close(whitening.matrix @ total @ whitening.matrix.T, torch.eye(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(whitening.mean, vectors.mean(0))
+
+
 def test_whitening_survives_a_constant_channel_and_refuses_nan():
     vectors = torch.randn(10, 3)
     vectors[:, 1] = 4.0

@@ -8,12 +8,12 @@ from anomalib.data import Folder, MVTecAD
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 from sklearn.metrics import roc_auc_score
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
 
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.training.feature_bank import FeatureBank
-from cflow_plugin.training.optimization import learning_rate_schedule
+from cflow_plugin.training.optimization import Pace, learning_rate_schedule
 from cflow_plugin.training.settings import recipe_epochs
 from cflow_plugin.training.vector_loader import is_random
 
@@ -271,20 +271,116 @@ def test_steps_of_a_whole_pass(tmp_path, textures):
     assert engine.trainer.global_step == 5
 
 
-@pytest.mark.parametrize("kind", ["one_cycle", "cosine"])
-@pytest.mark.parametrize("steps", [*range(2, 12), 100])
-def test_runs_of_any_length_have_a_schedule(kind, steps):
+def rates_of(kind, steps, pace=None, warmup=0.0):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    scheduler = learning_rate_schedule(optimizer, kind, 0.1, steps)
+    scheduler = learning_rate_schedule(optimizer, kind, pace or (lambda step: step / steps), warmup)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        if len(rates) < steps:
-            scheduler.step()
-    assert (0.05 if steps > 2 else 0.001) <= max(rates) <= 0.1 + 1e-9  # of two steps, one begins and one ends
-    assert rates[-1] <= max(rates)
+        scheduler.step()
+    return np.array(rates)
+
+
+def test_schedules_are_torch_s():
+    steps = 4000
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    one_cycle = OneCycleLR(optimizer, 0.1, total_steps=steps, pct_start=0.2)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    rise, fall = LinearLR(other, start_factor=0.01, total_iters=400), CosineAnnealingLR(other, T_max=3600)
+    cosine = SequentialLR(other, [rise, fall], milestones=[400])
+    expected = {"one_cycle": [], "cosine": []}
+    for _ in range(steps):
+        expected["one_cycle"].append(one_cycle.get_last_lr()[0])
+        expected["cosine"].append(cosine.get_last_lr()[0])
+        for part in (optimizer, one_cycle, other, cosine):
+            part.step()
+    for kind, warmup in (("one_cycle", 0.0), ("cosine", 0.1)):
+        np.testing.assert_allclose(rates_of(kind, steps, warmup=warmup), expected[kind], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["one_cycle", "cosine"])
+@pytest.mark.parametrize("steps", [*range(2, 12), 100])
+def test_runs_of_any_length_have_a_schedule(kind, steps):
+    rates = rates_of(kind, steps)
+    assert 0.05 <= max(rates) <= 0.1 + 1e-9
+    assert rates[-1] < max(rates) or steps == 2
     assert np.isfinite(rates).all()
+
+
+def test_a_run_that_hastens_ends_in_the_steps_that_are_left():
+    pace = Pace()
+    pace.restore({"share": 0.0, "steps": 1000, "since": [0, 0.0]})
+    shares = [pace(step) for step in range(401)]
+    pace.hasten(400, 50)
+    shares += [pace(step) for step in range(401, 451)]
+    assert shares[400] == pytest.approx(0.4)
+    assert shares[425] == pytest.approx(0.7)
+    assert shares[-1] == pytest.approx(1)
+    again = Pace()
+    again.restore(pace.state())
+    assert again(440) == 1.0
+
+
+@pytest.mark.long
+def test_a_run_that_is_bounded_in_time_has_its_whole_schedule(tmp_path, textures):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    engine = make_engine(tmp_path, callbacks=[Watch()], max_time={"seconds": 6}, max_epochs=-1)
+    model = quick_model(learning_rate=0.01)
+    engine.fit(model, datamodule=textures)
+    assert len(rates) > 5
+    assert max(rates) == pytest.approx(0.01, rel=0.1)
+    assert rates[-1] < 0.2 * max(rates)
+    assert model.model.scoring.is_calibrated
+
+
+def likelihood_of_unseen(model, features, positions, sizes):
+    with torch.no_grad():
+        return [
+            float(decoder.log_likelihood(vectors, model.model.condition(*size, vectors)[where]).mean())
+            for decoder, vectors, where, size in zip(model.model.decoders, features, positions, sizes, strict=True)
+        ]
+
+
+@pytest.mark.long
+def test_training_ends_when_unseen_images_no_longer_gain(tmp_path, textures):
+    # Without noise and with twelve images a flow soon knows them by heart.
+    curve, bank = [], {}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            found = module.calibration.bank
+            bank.update(features=found.unseen_features, positions=found.positions, sizes=found.sizes)
+            if trainer.global_step % 3 == 0:
+                curve.append(likelihood_of_unseen(module, **bank))
+
+    model = quick_model(noise=0.0, learning_rate=0.02, steps_per_epoch=3)
+    engine = make_engine(tmp_path, callbacks=[Watch()], max_epochs=200)
+    engine.fit(model, datamodule=textures)
+    assert len(curve) < 200
+    last = likelihood_of_unseen(model, **bank)
+    for scale, best in enumerate(np.max(curve, axis=0)):
+        assert last[scale] >= best - 1e-4
+        assert last[scale] > curve[-1][scale] - 1e-4
+
+
+@pytest.mark.long
+def test_a_camera_s_variations_are_less_of_a_surprise(tmp_path, textures):
+    good = torch.stack([item.image for item in textures.test_data if not item.gt_label])
+    noisy = (good + 0.05 * torch.randn(good.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    falls = []
+    for variation in (0.0, 1.0, 3.0):
+        model = quick_model(epochs=6, camera_variation=variation)
+        make_engine(tmp_path / str(variation)).fit(model, datamodule=textures)
+        with torch.no_grad():
+            before, after = (model.eval().model.log_likelihoods(model.prepared(images)) for images in (good, noisy))
+        falls.append([float((first - then).mean()) for first, then in zip(before, after, strict=True)])
+    assert all(plain > more > most for plain, more, most in zip(*falls, strict=True))
 
 
 @pytest.mark.long

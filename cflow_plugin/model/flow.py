@@ -69,11 +69,13 @@ class Whitening(InvertibleModule):
         self.register_buffer("matrix", torch.eye(dimensions))
         self.register_buffer("log_det", torch.zeros(()))
 
-    def fit(self, vectors: torch.Tensor) -> None:
+    def fit(self, vectors: torch.Tensor, changes: torch.Tensor | None = None) -> None:
         """Set mean and matrix from feature vectors.
 
         Args:
             vectors: Training features, ``(N, D)``, N at least 2.
+            changes: By how much features of one part differ from image to image, ``(M, D)``: their covariance is
+                added, so that such differences are not magnified where good parts themselves hardly differ.
 
         Raises:
             ValueError: If the features are not finite.
@@ -83,6 +85,9 @@ class Whitening(InvertibleModule):
         mean = reduce(torch.add, (part.double().sum(0) for part in parts)) / len(vectors)
         centred = (part.double() - mean for part in parts)
         covariance = reduce(torch.add, (part.T @ part for part in centred)) / max(1, len(vectors) - 1)
+        if changes is not None:
+            parts = (part.double() for part in changes.split(_VECTORS_AT_ONCE))
+            covariance = covariance + reduce(torch.add, (part.T @ part for part in parts)) / len(changes)
         if not torch.isfinite(covariance).all():
             msg = "The training features are not finite: the encoder's weights or the training images hold NaN or Inf."
             raise ValueError(msg)

@@ -114,14 +114,15 @@ class CflowModel(nn.Module):
         """Let the next image fold the model anew."""
         self._folded = {}
 
-    def fit_whitening(self, features: Sequence[torch.Tensor]) -> None:
+    def fit_whitening(self, features: Sequence[torch.Tensor], changes: Sequence[torch.Tensor] | None = None) -> None:
         """Start the decoders from the features' covariance; see :meth:`Whitening.fit`.
 
         Args:
             features: For each scale ``(N, D_k)``, training features.
+            changes: For each scale ``(M, D_k)``, by how much they differ between images of one part.
         """
-        for decoder, vectors in zip(self.decoders, features, strict=True):
-            decoder.whitening.fit(vectors)
+        for scale, (decoder, vectors) in enumerate(zip(self.decoders, features, strict=True)):
+            decoder.whitening.fit(vectors, None if changes is None else changes[scale])
         self.drop_folded()
 
     def calibrate(self, log_likelihoods: Sequence[torch.Tensor], unseen: Sequence[torch.Tensor] | None = None) -> None:

@@ -33,6 +33,11 @@ class Calibration:
         self._step = -1
         self.end()
 
+    @property
+    def bank(self) -> FeatureBank | None:
+        """The features, once there are any."""
+        return None if self.vectors is None else self.vectors.bank
+
     def begin(
         self,
         vectors: VectorLoader,

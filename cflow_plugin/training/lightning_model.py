@@ -28,6 +28,7 @@ from cflow_plugin.model.flow import Permutation
 from cflow_plugin.model.scoring import Aggregation
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training import checkpoints, optimization, resuming
+from cflow_plugin.training.best import KeepBest
 from cflow_plugin.training.calibration import Calibration
 from cflow_plugin.training.distributed import ScoreEveryImageOnce, join_processes
 from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
@@ -64,6 +65,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         padding: What the encoder's convolutions see beyond the border: ``zeros``, or their own input mirrored
             (``reflect``), as in the original code's ResNets.
         whiten: Start the decoders from the training features' covariance. The paper does not.
+        camera_variation: How much noise, focus, compression and light may vary, in multiples of what is usual. 0 as in
+            the paper. See :mod:`~cflow_plugin.training.camera`.
         noise: Standard deviation of noise added to training features, in units of their whitened one, so that few
             training images are not learned by heart. 0 as in the paper.
         sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
@@ -81,10 +84,9 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         schedule: ``one_cycle`` or ``cosine``.
         warmup_epochs: Epochs of linear warm-up before ``cosine``.
         target_false_alarm_rate: Share of good images that may be called anomalous, for example 0.05. Thresholds then
-            come from good images that are held out of training, and nothing is fitted on images of defects. ``null``
-            asks for anomalib's thresholds, which maximise F1 on the validation images. ``auto`` does so where that is
-            sound, and takes 0.05 where the validation images are the test images or show no defect. See
-            :class:`~cflow_plugin.decisions.post_processing.ConformalPostProcessor`.
+            come from held-out good images alone. ``null`` asks for anomalib's, which maximise F1 on the validation
+            images. ``auto`` does so where that is sound, and takes 0.05 where these are the test images or show no
+            defect. See :class:`~cflow_plugin.decisions.post_processing.ConformalPostProcessor`.
         held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
             not need more of them. Validation images that are all good, and enough, are taken instead.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
@@ -121,6 +123,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         neighbourhood: int | list[int] | None = None,
         padding: Padding = "zeros",
         whiten: bool = True,
+        camera_variation: float = 1.0,
         noise: float = 0.6,
         sigma: float = 2.0,
         top_fraction: float = 0.0025,
@@ -141,13 +144,9 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_positive(
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
-            vectors_per_step=vectors_per_step,
-            learning_rate=learning_rate,
-        )
-        check_not_negative(noise=noise, unseen_share=unseen_share)
+        check_positive(epochs=epochs, steps_per_epoch=steps_per_epoch, vectors_per_step=vectors_per_step)
+        check_positive(learning_rate=learning_rate)
+        check_not_negative(noise=noise, unseen_share=unseen_share, camera_variation=camera_variation)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
         reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         size = (image_size[0], image_size[1])
@@ -185,7 +184,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """A look at the images, vectors in their place, and a checkpoint that a run that dies is resumed from."""
-        own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), checkpoints.LastEpoch()]
+        best = KeepBest(lambda: self.calibration.bank, self.progress.pace, lambda: self.progress.seed_of(self.trainer))
+        own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), best, checkpoints.LastEpoch()]
         return [*cast("Sequence[Callback]", super().configure_callbacks()), *own]
 
     # Before training
@@ -218,7 +218,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
             lambda images: self.model.encoder(self.prepared(images)),
-            self._fit_whitening,
+            lambda bank: self._fit_whitening(bank, loader),
             lambda: self.current_epoch,
             steps=self.hparams["steps_per_epoch"],
             vectors_per_step=self.hparams["vectors_per_step"],
@@ -232,9 +232,10 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         self.calibration.begin(loader, self.reference.loader, lambda images: self.model(self.prepared(images)))
         return loader
 
-    def _fit_whitening(self, bank: FeatureBank) -> None:
+    def _fit_whitening(self, bank: FeatureBank, loader: VectorLoader) -> None:
         if self.hparams["whiten"] and not self.progress.training_has_begun:
-            self.model.fit_whitening([features.flatten(0, 1) for features in bank.features])
+            changes = loader.changes(self.hparams["image_size"], self.hparams["camera_variation"])
+            self.model.fit_whitening([features.flatten(0, 1) for features in bank.features], changes)
         self.progress.training_has_begun = True
 
     # Training
@@ -242,7 +243,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the decoders, with the schedule asked for."""
         settings = {name: self.hparams[name] for name in ("learning_rate", "schedule", "warmup_epochs")}
-        return optimization.configure(self.model.decoders.parameters(), self.trainer, **settings)
+        return optimization.configure(self.model.decoders.parameters(), self.trainer, self.progress.pace, **settings)
 
     def on_train_start(self) -> None:
         """Refuse to go on with a run for longer than it was planned for."""
@@ -258,8 +259,6 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         self.log("train_loss", loss.detach(), prog_bar=True, **logged)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
-
-    # When an epoch ends, and when the run does
 
     def on_validation_start(self) -> None:
         """Set the scoring constants and thresholds before validation scores anything and writes a checkpoint."""

@@ -16,6 +16,7 @@ from cflow_plugin.anomalib_patches.augmentations import resize_as_model_does
 from cflow_plugin.errors import CflowError
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.checkpoints import versions, warn_of_other_versions
+from cflow_plugin.training.optimization import Pace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,7 @@ class Progress:
         training_has_begun: Whether the decoders have seen training images.
         seed: Seed of the training batches and of the choice of reference images.
         planned_steps: Optimisation steps over which the learning rate falls.
+        pace: Which share of the run is done.
         continued_from: The checkpoint that the last training went on from.
     """
 
@@ -41,6 +43,7 @@ class Progress:
         self.training_has_begun = False
         self.seed: int | None = None
         self.planned_steps: int | None = None
+        self.pace = Pace()
         self.continued_from: str | Path | None = None
 
     def seed_of(self, trainer: Trainer) -> int:
@@ -83,6 +86,7 @@ class Progress:
         checkpoint[_KEY] = {
             "seed": self.seed,
             "planned_steps": self.planned_steps,
+            "pace": self.pace.state(),
             "reference_images": reference_images,
             "versions": versions(),
         }
@@ -99,6 +103,7 @@ class Progress:
         found = checkpoint.get(_KEY, {})
         warn_of_other_versions(found.get("versions"))
         self.seed, self.planned_steps = found.get("seed"), found.get("planned_steps")
+        self.pace.restore(found.get("pace", {}))
         self.encoder_is_loaded = self.training_has_begun = True
         return found.get("reference_images")
 

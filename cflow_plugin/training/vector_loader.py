@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Tran
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.images.loading import data_module_of, images_in, loader_of
+from cflow_plugin.training.camera import feature_changes
 from cflow_plugin.training.distributed import share_of_batch
 from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
 from cflow_plugin.training.loader_replacement import LoaderReplacement
@@ -130,6 +131,17 @@ class VectorLoader:
         generator = torch.Generator().manual_seed(self.seed + 1 + self._epoch())
         for batch in self.bank.batches(len(self), vectors, generator, self._with_noise):
             yield share_of_batch(batch, self._rank, self._processes)
+
+    def changes(self, size: tuple[int, int], strength: float) -> list[torch.Tensor] | None:
+        """What a worse camera changes in the features, see :func:`~cflow_plugin.training.camera.feature_changes`.
+
+        Args:
+            size: Height and width that the model resizes images to.
+            strength: The changes are multiplied by it; 0 gives none.
+        """
+        if not strength:
+            return None
+        return [strength * part for part in feature_changes(self.images, self._extract, size, self.seed)]
 
     def _turn_of(self, vectors_kept: int) -> int:
         """Whose turn it is in this epoch, for a resumed run as well."""

@@ -1,0 +1,112 @@
+"""The likelihood of good images that are not trained on: the best decoders are kept, and a run ends with them."""
+
+__all__ = ["KeepBest"]
+
+import logging
+from collections.abc import Callable
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from cflow_plugin.model.torch_model import CflowModel
+from cflow_plugin.training.feature_bank import FeatureBank
+from cflow_plugin.training.optimization import Pace
+
+logger = logging.getLogger(__name__)
+
+# Vectors of each scale that are looked at, the same ones after every epoch: their mean need not be exact, only fair.
+_VECTORS = 2048
+# So long a run goes on without any gain: a share of its epochs, and no fewer than these.
+_PATIENCE, _SHORTEST_PATIENCE = 0.2, 8
+# In so many epochs, for each that was made, the learning rate then falls to its end.
+_LAST_PART = 0.1
+
+
+class KeepBest(Callback):
+    """Looks at images that vouch for the others after each epoch, and keeps each scale's best decoder.
+
+    When no scale's likelihood has gained for a fifth of the run, the run hastens to its end from the best decoders.
+    The likelihood is logged, as ``unseen_nll``, for who wants another rule.
+
+    Args:
+        bank: Gives the features, once there are any.
+        pace: The run's, told to hasten.
+        seed: Gives the seed for the choice of vectors.
+    """
+
+    def __init__(self, bank: Callable[[], FeatureBank | None], pace: Pace, seed: Callable[[], int]) -> None:
+        super().__init__()
+        self._bank, self._pace, self._seed = bank, pace, seed
+        self._forget()
+
+    def _forget(self) -> None:
+        self._likelihoods: list[float] = []
+        self._epochs: list[int] = []
+        self._weights: list[dict[str, torch.Tensor]] = []
+        self._is_hastening = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier run."""
+        del trainer, pl_module
+        self._forget()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the likelihoods, and at the end take the best decoders."""
+        bank = self._bank()
+        if bank is None or not len(bank.unseen_features[0]) or not isinstance(pl_module.model, CflowModel):
+            return
+        model, epoch = pl_module.model, trainer.current_epoch
+        found = unseen_likelihoods(model, bank, self._seed())
+        pl_module.log("unseen_nll", -sum(found), sync_dist=True)
+        self._keep(model, found, epoch)
+        patience = max(_SHORTEST_PATIENCE, round(_PATIENCE * (trainer.max_epochs or 0)))
+        if not self._is_hastening and trainer.strategy.reduce_boolean_decision(epoch - max(self._epochs) >= patience):
+            self._is_hastening = True
+            self._take_best(model)
+            epochs = max(1, round(_LAST_PART * (epoch + 1)))
+            logger.info("Unseen good images have not become likelier for %d epochs; ending in %d.", patience, epochs)
+            self._pace.hasten(pl_module.global_step, epochs * int(trainer.num_training_batches))
+        elif self._is_hastening and self._pace.share >= 1:
+            trainer.should_stop = True
+        if trainer.should_stop or epoch + 1 == trainer.max_epochs:
+            self._take_best(model)
+
+    def _keep(self, model: CflowModel, found: list[float], epoch: int) -> None:
+        if not self._likelihoods:
+            self._likelihoods = [-float("inf")] * len(found)
+            self._epochs = [epoch] * len(found)
+            self._weights = [{} for _ in found]
+        for scale, (decoder, likelihood) in enumerate(zip(model.decoders, found, strict=True)):
+            if likelihood > self._likelihoods[scale]:
+                self._likelihoods[scale], self._epochs[scale] = likelihood, epoch
+                self._weights[scale] = {name: value.detach().clone() for name, value in decoder.state_dict().items()}
+
+    def _take_best(self, model: CflowModel) -> None:
+        for decoder, weights in zip(model.decoders, self._weights, strict=True):
+            decoder.load_state_dict(weights)
+        model.drop_folded()
+
+
+@torch.no_grad()
+def unseen_likelihoods(model: CflowModel, bank: FeatureBank, seed: int) -> list[float]:
+    """Mean log-likelihood of some vectors of good images that are not trained on.
+
+    Args:
+        model: The model.
+        bank: Features.
+        seed: The same seed gives the same vectors.
+
+    Returns:
+        For each scale, nats per dimension.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for decoder, vectors, positions, size in zip(
+        model.decoders, bank.unseen_features, bank.positions, bank.sizes, strict=True
+    ):
+        count = max(1, min(len(positions), _VECTORS // len(vectors)))
+        picked = torch.randperm(len(positions), generator=generator)[:count]
+        condition = model.condition(*size, vectors)[positions[picked]]
+        result.append(float(decoder.log_likelihood(vectors[:, picked.to(vectors.device)], condition).mean()))
+    return result
