@@ -1,7 +1,8 @@
-"""What torch's modules lack: lists that know what is in them, and buffers of a shape that is known only when loaded."""
+"""What torch's modules lack: lists that know what is in them, buffers never rounded, and buffers of any shape."""
 
-__all__ = ["ModuleListOf", "take_shapes_from_checkpoints"]
+__all__ = ["FullPrecision", "ModuleListOf", "take_shapes_from_checkpoints"]
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -20,6 +21,27 @@ class ModuleListOf(nn.ModuleList, Generic[AnyModule]):
     if TYPE_CHECKING:
 
         def __iter__(self) -> Iterator[AnyModule]: ...
+
+
+class FullPrecision(nn.Module):
+    """A module whose own buffers are never rounded to half precision: decisions hang on their last digits.
+
+    Example:
+        >>> module = FullPrecision()
+        >>> module.register_buffer("threshold", torch.tensor(0.3))
+        >>> module.half().threshold.dtype
+        torch.float32
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # What .to(), .half() and their like call.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            applied = getattr(self, name)
+            if applied.is_floating_point() and applied.itemsize < min(buffer.itemsize, torch.float32.itemsize):
+                setattr(self, name, buffer.to(applied.device))
+        return self
 
 
 def take_shapes_from_checkpoints(module: nn.Module, with_dtypes: bool = False) -> None:

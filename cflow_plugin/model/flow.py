@@ -30,7 +30,14 @@ def log_likelihood(u: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
         Nats per dimension, ``(...)``.
     """
     dimensions = u.shape[-1]
-    return (log_det - 0.5 * u.square().sum(-1)) / dimensions - 0.5 * math.log(2 * math.pi)
+    return (
+        log_det - 0.5 * _total(u.to(torch.promote_types(u.dtype, torch.float32)).square())
+    ) / dimensions - 0.5 * math.log(2 * math.pi)
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, at least in single precision: in half, hundreds of terms leave two digits."""
+    return values.sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 class Whitening(InvertibleModule):
@@ -227,7 +234,7 @@ class CouplingBlock(InvertibleModule):
                 y = y @ self.rotation
             x1, x2 = ((y - self.global_offset[0]) / scale).split([self.passive, self.active], dim=-1)
             s, t = self._coefficients(x1, c)
-            return (torch.cat([x1, (x2 - t) * torch.exp(-s)], -1),), -(s.sum(-1) + log_scale)
+            return (torch.cat([x1, (x2 - t) * torch.exp(-s)], -1),), -(_total(s) + log_scale)
         x1, x2 = x[0].split([self.passive, self.active], dim=-1)
         s, t = self._coefficients(x1, c)
         scale1, scale2 = scale.split([self.passive, self.active])
@@ -241,7 +248,7 @@ class CouplingBlock(InvertibleModule):
             y = torch.cat([y1, y2], -1)[..., self.permutation]
         else:
             y = functional.linear(torch.cat([y1, y2], -1), self.rotation)
-        return (y,), s.sum(-1) + log_scale
+        return (y,), _total(s) + log_scale
 
     def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
         """Return the dimensions unchanged."""

@@ -1,6 +1,6 @@
 """A trained model rewritten for inference: the same function with everything constant computed beforehand."""
 
-__all__ = ["FoldedFlow", "FoldedModel"]
+__all__ = ["FoldedFlow", "FoldedModel", "in_full_precision"]
 
 import math
 from collections import Counter
@@ -23,6 +23,9 @@ from cflow_plugin.modules import ModuleListOf
 class FoldedModel(nn.Module):
     """From images of a fixed size to anomaly maps and scores, by fewer operations than in training.
 
+    A model in half precision is computed with in single precision, so that its decisions do not depend on how it was
+    trained.
+
     Args:
         encoder: The encoder.
         decoders: A decoder for each of its layers; they are copied, not referred to.
@@ -35,24 +38,38 @@ class FoldedModel(nn.Module):
         self, encoder: Encoder, decoders: Iterable[ConditionalFlow], scoring: AnomalyScoring, size: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.encoder = _fold_batch_norm(encoder)
         like = next(encoder.parameters(), next(encoder.buffers()))
-        pyramid = encoder(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.encoder = _fold_batch_norm(encoder).to(self.dtype)
+        pyramid = self.encoder(torch.zeros(1, 3, *size, dtype=self.dtype, device=like.device))
         sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
         self.flows = ModuleListOf[FoldedFlow](
-            FoldedFlow(decoder, *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
+            FoldedFlow(in_full_precision(decoder), *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
         )
         self.scoring = scoring.folded(sizes, size)
         self.eval()
 
     def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Compute what :meth:`CflowModel.log_likelihoods` computes."""
+        if images.dtype != self.dtype:
+            images = images.to(self.dtype)
         return [flow(features) for flow, features in zip(self.flows, self.encoder(images), strict=True)]
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Compute what :meth:`CflowModel.forward` computes."""
         anomaly_map, score = self.scoring(self.log_likelihoods(images))
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+
+def in_full_precision(decoder: ConditionalFlow) -> ConditionalFlow:
+    """A decoder that computes at least in single precision: itself, or a copy where its weights have half.
+
+    Args:
+        decoder: The decoder.
+    """
+    dtype = next(decoder.parameters()).dtype
+    wanted = torch.promote_types(dtype, torch.float32)
+    return decoder if dtype == wanted else deepcopy(decoder).to(wanted)
 
 
 class FoldedFlow(nn.Module):
@@ -140,6 +157,10 @@ class FoldedFlow(nn.Module):
             total = total.add_(log_scale) if index else log_scale.clone()
             if index < len(self.exchanges):
                 first, second = self.exchanges[index](first, second)
+        if (
+            total.dtype.itemsize < torch.float32.itemsize
+        ):  # autocast: a sum of hundreds of squares would keep two digits
+            total, first, second = total.float(), first.float(), second.float()
         energy = total.sum(-1) - 0.5 * (first.square().sum(-1) + second.square().sum(-1))
         return (energy / self.dimensions + self.constant).unflatten(1, size)
 

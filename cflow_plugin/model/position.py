@@ -44,4 +44,6 @@ def positional_encoding_2d(channels: int, height: int, width: int) -> torch.Tens
 
     columns = harmonics(width)[None].expand(height, -1, -1)
     rows = harmonics(height)[:, None].expand(-1, width, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).to(torch.get_default_dtype())
+    # Where half precision is the default, whoever uses the table rounds it.
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).to(dtype)

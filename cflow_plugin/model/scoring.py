@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.modules import take_shapes_from_checkpoints
+from cflow_plugin.modules import FullPrecision, take_shapes_from_checkpoints
 
 Aggregation = Literal["surprise", "probability"]
 
@@ -33,7 +33,7 @@ _SCORE_STRIDE = 4
 _LEAST = 0.05
 
 
-class AnomalyScoring(nn.Module):
+class AnomalyScoring(FullPrecision):
     r"""Turn log-likelihoods of all scales into an anomaly map and an image score.
 
     For each scale :math:`k` and position :math:`i`,
@@ -191,7 +191,7 @@ class FoldedScoring(nn.Module):
         self.temperatures: list[float] = scoring.temperature.tolist()
         self.weights: list[float] = scoring.weights.tolist()
         for scale, (height, width) in enumerate(sizes):
-            normalizer = scoring.log_normalizer(scale, (height, width))
+            normalizer = scoring.log_normalizer(scale, (height, width)).float()
             self.register_buffer(f"normalizer_{scale}", normalizer)
             rows = _upsampling_matrix(height, size[0], scoring.sigma)
             self.register_buffer(f"rows_{scale}", rows.to(normalizer))
@@ -207,6 +207,8 @@ class FoldedScoring(nn.Module):
             zip(log_likelihoods, self.temperatures, self.weights, strict=True)
         ):
             normalizer, rows, columns = (getattr(self, f"{name}_{scale}") for name in ("normalizer", "rows", "columns"))
+            if values.dtype != normalizer.dtype:
+                values = values.to(normalizer.dtype)
             surprise = 1 - torch.exp((values - normalizer) / temperature).clamp(max=1)
             upsampled = rows @ surprise @ columns
             maps.append(weight * (upsampled.clamp_min(_LEAST).log() if self.is_product else upsampled))
@@ -231,7 +233,8 @@ def _upsampling_matrix(cells: int, pixels: int, sigma: float) -> torch.Tensor:
     Returns:
         ``(pixels, cells)``; each row sums to one.
     """
-    matrix = functional.interpolate(torch.eye(cells)[None], size=pixels, mode="linear", align_corners=True)[0].T
+    identity = torch.eye(cells, dtype=torch.float32)
+    matrix = functional.interpolate(identity[None], size=pixels, mode="linear", align_corners=True)[0].T
     if sigma == 0:
         return matrix
     position = torch.arange(pixels, dtype=torch.float32)

@@ -120,7 +120,10 @@ def configure(
         warmup_epochs: Epochs of linear warm-up before ``cosine``.
     """
     # A gradient scaler has to see the gradients before the optimiser does, which fusing prevents.
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=trainer.precision != "16-mixed")
+    parameters = list(parameters)
+    # The usual 1e-8 is zero in that format, and so are the squares of small gradients.
+    eps = 1e-4 if parameters[0].dtype == torch.float16 else 1e-8
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=eps, fused=trainer.precision != "16-mixed")
     steps = trainer.estimated_stepping_batches
     if steps == float("inf") and _timer_of(trainer) is None:
         return optimizer
