@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
 from lightning import LightningModule, Trainer
 from torchmetrics import Metric
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 class CflowEvaluator(Evaluator):
     """Image AUROC and F1, pixel AUROC, AUPRO and F1; what cannot be computed is left out with a note.
+
+    Areas below curves are of the model's own scores: normalisation may make different scores equal.
 
     Without masks there are no pixel metrics. A curve of true against false positives needs anomalous and normal
     examples, so without defects (or without good images) there is no AUROC.
@@ -37,6 +39,15 @@ class CflowEvaluator(Evaluator):
             ]
         )
         self._seen: dict[str, set[bool]] = {"gt_label": set(), "gt_mask": set()}
+        self._own: InferenceBatch | None = None
+
+    def take_scores(self, scores: InferenceBatch) -> None:
+        """Take the scores and maps of the next batch, as the model gives them.
+
+        Args:
+            scores: The model's output, before post-processing.
+        """
+        self._own = scores
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what earlier tests saw."""
@@ -52,6 +63,9 @@ class CflowEvaluator(Evaluator):
             truth = getattr(batch, field, None)
             if truth is not None:
                 values.update({bool(truth.min()), bool(truth.max())})
+        own, self._own = self._own, None
+        if own is not None:
+            batch = batch.update(in_place=False, pred_score=own.pred_score, anomaly_map=own.anomaly_map)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -67,8 +81,10 @@ class CflowEvaluator(Evaluator):
             truth = metric.fields[1]
             has_normal, has_anomaly = classes[truth]
             what = "mask" if truth == "gt_mask" else "label"
-            if not (has_normal or has_anomaly) or not updated:
+            if not (has_normal or has_anomaly):
                 reason = f"the test set has no {what}s"
+            elif not updated:
+                reason = "the model has no threshold"
             elif not has_anomaly:
                 reason = f"the {what}s of the test set show no anomaly"
             elif not has_normal:

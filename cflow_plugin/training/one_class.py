@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -54,13 +54,43 @@ class OneClassMixin(_Module):
 
     def prepared(self, images: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)`` as they are loaded to what the model takes, on its device."""
-        images = images.to(self.device)
-        return self.pre_processor(images) if self.pre_processor else images
+        # In true half precision Lightning rounds the values of a batch, and anomalib's batch widens them again.
+        images = self.trainer.precision_plugin.convert_input(images.to(self.device)).to(images.dtype)
+        # anomalib's engine calls the transform itself; the pre-processor's forward() may resize without smoothing.
+        transform = getattr(self.pre_processor, "transform", None) or self.pre_processor
+        return transform(images) if transform else images
+
+    def scored(self, images: torch.Tensor | None) -> InferenceBatch:
+        """Scores and maps of prepared images, before post-processing.
+
+        At least in single precision whatever the trainer's: an image has one score, in training, in use, and in a file.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+        """
+        assert images is not None  # optional in anomalib's type only
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.autocast(images.device.type, enabled=False):
+                return self.model(images)
+        finally:
+            torch.set_default_dtype(default)
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of validation images."""
         del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        return batch.update(**self.scored(batch.image)._asdict())
+
+    predict_step = validation_step
+
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of test images, and let the metrics have the scores as they are before post-processing."""
+        del args, kwargs
+        result = self.scored(batch.image)
+        if isinstance(self.evaluator, CflowEvaluator):
+            self.evaluator.take_scores(result)
+        return batch.update(**result._asdict())
 
     def on_test_end(self) -> None:
         """Write the metrics next to the pictures."""
