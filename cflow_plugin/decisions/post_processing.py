@@ -2,6 +2,7 @@
 
 __all__ = ["ConformalPostProcessor"]
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -12,26 +13,31 @@ from lightning import LightningModule, Trainer
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.decisions.conformal import check_enough, images_needed, p_values, threshold_rank
 from cflow_plugin.errors import CflowError
-from cflow_plugin.modules import take_shapes_from_checkpoints
+from cflow_plugin.modules import FullPrecision, take_shapes_from_checkpoints
+
+logger = logging.getLogger(__name__)
 
 _RATE = "target_false_alarm_rate"
 _REFERENCE = ("reference_scores", "reference_maxima")
 
 
-class ConformalPostProcessor(PostProcessor):
+class ConformalPostProcessor(FullPrecision, PostProcessor):
     """Decisions whose false-alarm rate on normal images is chosen beforehand.
 
     Without ``target_false_alarm_rate`` this is anomalib's post-processor: thresholds that maximise F1 on the validation
-    images, which takes images of defects. With it, thresholds come from normal images alone that nothing was trained
-    on, and validation does not touch them:
+    images, which takes images of defects; where there are none of them, nothing is decided. With it, thresholds come
+    from normal images alone that nothing was trained on, and validation does not touch them:
 
     - *Image*: the threshold is the ``ceil((n + 1) (1 - rate))``-th smallest of the n reference scores. A new
       normal image, exchangeable with them, is called anomalous with a probability of at most ``rate``.
     - *Pixel*: a map has thousands of pixels, and with a rate a pixel nearly every normal image would show something.
-      The threshold is therefore the same order statistic of the n maps' *highest* values. A new normal image shows any
-      anomalous pixel at all with a probability of at most ``rate``, however its pixels depend on each other.
+      The threshold is therefore the same order statistic of the n maps' *highest* values. A new normal image has any
+      pixel above it at all with a probability of at most ``rate``, however its pixels depend on each other.
+    - *Both*: two such rules together would call up to twice as many anomalous. So the image decides, and a mask shows
+      pixels only in an image that is anomalous: a normal image is called so by score or by mask with a probability of
+      at most ``rate``.
 
-    Either guarantee is per image, on average over which images the reference images are (see
+    The guarantee is per image, on average over which images the reference images are (see
     :func:`~cflow_plugin.decisions.conformal.threshold_rank`). It says nothing once the camera, light or process has
     changed: ``cflow-plugin monitor`` watches for that. Thresholds, normalisation (0.5 is the threshold, as in anomalib)
     and the reference scores are buffers, so they are in checkpoints and in exported files.
@@ -62,6 +68,7 @@ class ConformalPostProcessor(PostProcessor):
         self.reference_maxima: torch.Tensor
         for name in _REFERENCE:
             self.register_buffer(name, torch.empty(0))
+        self._seen = torch.zeros(2)  # good and anomalous images that validation has shown
         self.register_load_state_dict_pre_hook(_fill_in)
         take_shapes_from_checkpoints(self)
         self.register_load_state_dict_post_hook(_set_thresholds_anew)
@@ -106,9 +113,29 @@ class ConformalPostProcessor(PostProcessor):
         self.reference_maxima = maxima.detach().to(self.image_min).sort().values
         self.apply_rate()
 
+    @property
+    def decides(self) -> bool:
+        """Whether there is a threshold to decide by."""
+        return self.enable_thresholding and bool(torch.isfinite(self.image_threshold))
+
+    def describe(self) -> str:
+        """What decisions rest on, in a sentence, for a file."""
+        if self.is_conformal and self.is_calibrated:
+            images = len(self.reference_scores)
+            return (
+                f"A false-alarm rate of {self.rate:g}, by the scores of {images} good images that were not trained on."
+            )
+        if self.decides:
+            return "The threshold that maximises F1 on the validation images."
+        return "There is no threshold: this model gives scores and maps, and decides nothing."
+
+    @torch.no_grad()
     def forget(self) -> None:
-        """Drop the reference scores: the model is no longer the one that gave them."""
+        """Drop thresholds and reference scores: the model is no longer the one that gave them."""
         self.reference_scores = self.reference_maxima = self.image_min.new_empty(0)
+        set_thresholds(self, float("nan"), float("nan"))
+        for bound in (self.image_min, self.image_max, self.pixel_min, self.pixel_max):
+            bound.fill_(float("nan"))
 
     def check_calibrated(self) -> None:
         """Refuse to go on without reference scores.
@@ -200,7 +227,7 @@ class ConformalPostProcessor(PostProcessor):
     # What anomalib calls
 
     def forward(self, predictions: InferenceBatch) -> InferenceBatch:
-        """Normalise scores and maps and decide.
+        """Normalise scores and maps and decide; without a threshold leave them as they are, and decide nothing.
 
         Args:
             predictions: ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, 1, H, W)`` of the model.
@@ -208,12 +235,22 @@ class ConformalPostProcessor(PostProcessor):
         Raises:
             CflowError: If a rate is asked for and there are no reference scores.
         """
-        if self.is_conformal and not torch.compiler.is_compiling():
-            self.check_calibrated()
-        return super().forward(predictions)
+        if not torch.compiler.is_compiling():
+            if self.is_conformal:
+                self.check_calibrated()
+            elif not self.decides:
+                return predictions
+        scores, labels, maps, masks = super().forward(predictions)
+        return InferenceBatch(scores, labels, maps, self._of_anomalous_images(masks, labels))
+
+    def _of_anomalous_images(self, masks: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Masks ``(B, ...)``, empty where the label is not anomalous."""
+        if not self.is_conformal or masks is None or labels is None:
+            return masks
+        return masks & labels.reshape(-1, *[1] * (masks.ndim - 1))
 
     def post_process_batch(self, batch: Batch) -> None:
-        """Normalise a batch's scores and maps and decide, in place.
+        """Normalise a batch's scores and maps and decide, in place; without a threshold leave it as it is.
 
         Args:
             batch: Predictions of the model.
@@ -223,21 +260,39 @@ class ConformalPostProcessor(PostProcessor):
         """
         if self.is_conformal:
             self.check_calibrated()
+        elif not self.decides:
+            return
         super().post_process_batch(batch)
+        batch.update(pred_mask=self._of_anomalous_images(batch.pred_mask, batch.pred_label))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
     ) -> None:
         """Collect validation scores, unless a rate is asked for: then nothing is fitted on them."""
         if not self.is_conformal:
+            labels = outputs.gt_label
+            if labels is not None:
+                anomalous = int(labels.sum())
+                self._seen = self._seen + torch.tensor([labels.numel() - anomalous, anomalous])
             super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fit thresholds to validation scores, unless a rate is asked for."""
-        if not self.is_conformal:
-            super().on_validation_epoch_end(trainer, pl_module)
-            if self.enable_normalization:
-                self._cut_nothing_off()
+        """Fit thresholds to validation scores, unless a rate is asked for, or there is no F1 score to maximise."""
+        if self.is_conformal:
+            return
+        super().on_validation_epoch_end(trainer, pl_module)
+        seen, self._seen = self._seen.to(self.image_min.device), torch.zeros(2)
+        if trainer is not None:
+            seen = trainer.strategy.reduce(seen, reduce_op="sum")
+        if not seen.all():
+            logger.warning(
+                "There is no threshold: validation has shown %d good and %d anomalous images, and takes some of both. "
+                "The model gives scores and maps, and decides nothing; see target_false_alarm_rate.",
+                *seen.int().tolist(),
+            )
+            self.forget()
+        elif self.enable_normalization:
+            self._cut_nothing_off()
 
     # Checkpoints
 

@@ -13,12 +13,21 @@ from anomalib.post_processing import PostProcessor
 from lightning import Trainer
 from pandas import DataFrame
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import Compose, Identity, Resize, Transform
 
 from cflow_plugin.decisions.conformal import check_enough, images_needed
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.loading import data_module_of, images_in, loader_of_part
+from cflow_plugin.images.listing import IMAGES
+from cflow_plugin.images.loading import (
+    augmentations_in_use,
+    data_module_of,
+    images_in,
+    loader_of,
+    loader_of_part,
+    with_augmentations,
+)
 from cflow_plugin.images.reading import check_images
 
 if TYPE_CHECKING:
@@ -43,6 +52,7 @@ class ReferenceImages:
     Attributes:
         loader: Loader of the images, or ``None`` where thresholds do not come from any.
         chosen: Which training images are held out (``indices``), of how many (``images``); a resumed run needs it.
+        files: The images' files, as far as they are files.
 
     Raises:
         CflowError: If the share is out of range.
@@ -57,6 +67,7 @@ class ReferenceImages:
         self._may_choose_rate = may_choose_rate
         self.loader: DataLoader[Any] | None = None
         self.chosen: dict[str, Any] | None = None
+        self.files: list[str] = []
 
     def hold_out(
         self,
@@ -85,8 +96,6 @@ class ReferenceImages:
             self.choose_rate(post_processor, trainer, images_in(images), training_has_begun)
         if not (isinstance(post_processor, ConformalPostProcessor) and post_processor.is_conformal):
             return images
-        # Thresholds of an earlier training would not fit the weights that are saved from now on.
-        post_processor.forget()
         return self.take_from(images, data_module_of(trainer), post_processor.rate, seed, training_has_begun)
 
     def choose_rate(
@@ -143,15 +152,18 @@ class ReferenceImages:
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
         total = images_in(images)
+        in_use = augmentations_in_use(data)
+        _warn_of_augmentations(in_use)
         if self._folder is not None:
-            self.loader = _given_images(self._folder)
-            check_enough(images_in(self.loader), rate)
+            given = given_images(self._folder, in_use)
+            check_enough(len(given), rate)
+            self.loader, self.files = _one_by_one(given), list(map(str, given.image_filenames))
             return images
         if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):
             logger.info("The thresholds come from the %d validation images, all good.", _good_validation_images(data))
             _warn_of_few_videos(_table(data.val_data), _table(data.train_data), rate)
-            # The class's own: of several processes the trainer gives each a share.
-            self.loader = type(data).val_dataloader(data)
+            self.loader = _one_by_one(with_augmentations(data.val_data, in_use), like=images)
+            self.files = _files(_table(data.val_data))
             return images
         if self.chosen is None:
             if training_has_begun:
@@ -172,9 +184,43 @@ class ReferenceImages:
         indices = self.chosen["indices"]
         check_enough(len(indices), rate)
         table = _table(images.dataset)
+        files = _files(table.iloc[indices])
+        if self.files and list(map(_name, files)) != list(map(_name, self.files)):
+            msg = (
+                "The data are split into training and other images in another way than when training began, and some "
+                "that were trained on would count as held out. Set the same --seed_everything and --data.seed."
+            )
+            raise CflowError(msg)
+        self.files = files
         _warn_of_few_videos(table.iloc[indices], table.drop(table.index[indices]), rate)
-        self.loader = loader_of_part(images, indices, augmented=False)
+        self.loader = _one_by_one(Subset(with_augmentations(images.dataset, in_use), indices), like=images)
         return loader_of_part(images, sorted(set(range(total)) - set(indices)))
+
+    def find_again(self, data: AnomalibDataModule | None, images: int) -> Dataset[Any]:
+        """The images that a trained model's thresholds come from, with what tested images pass through but resizing.
+
+        Args:
+            data: The data the model was trained on; where the files lie where they did, it is not needed.
+            images: How many they are.
+
+        Raises:
+            CflowError: If they are not at hand.
+        """
+        transform = getattr(data, "test_augmentations", None)
+        found = _find_files(self.files, data)
+        if found is not None and len(found) == images:
+            return ConcatDataset([PredictDataset(file, transform) for file in found])
+        if data is not None and not self.files:  # frames of videos, say
+            if self.chosen is not None and len(data.train_data) == self.chosen["images"]:
+                return with_augmentations(Subset(data.train_data, self.chosen["indices"]), transform)
+            if self.chosen is None and _good_validation_images(data) == images:
+                return with_augmentations(data.val_data, transform)
+        where = f" (the first of them is {self.files[0]})" if self.files else ""
+        msg = (
+            f"A compressed model has other scores, so its thresholds are set anew, by the {images} good images that "
+            f"set those of the trained one. They are not at hand{where}: pass the data it was trained on with --data."
+        )
+        raise CflowError(msg)
 
 
 def choose_reference(images: int, rate: float, share: float, seed: int) -> list[int]:
@@ -265,19 +311,78 @@ def _table(images: Dataset[Any]) -> DataFrame:
     return samples if isinstance(samples, DataFrame) else DataFrame(index=range(len(cast("Sized", images))))
 
 
-def _given_images(folder: str) -> DataLoader[Any]:
-    """A loader of a folder's images, one by one in their own sizes.
+def _files(table: DataFrame) -> list[str]:
+    """The files of a data set's images; none, where they are not all image files."""
+    files = [str(path) for path in table.get("image_path", ())]
+    return files if all(Path(file).suffix.lower() in IMAGES for file in files) else []
+
+
+def _name(file: str) -> tuple[str, ...]:
+    """What a file is known by where the data lie somewhere else."""
+    return Path(file).parts[-3:]
+
+
+def _find_files(files: list[str], data: AnomalibDataModule | None) -> list[Path] | None:
+    """Where files are now: where they were, or among a data module's images.
+
+    Returns:
+        Their paths, or ``None`` where one is not found or cannot be told from another.
+    """
+    if not files:
+        return None
+    if all(Path(file).is_file() for file in files):
+        return list(map(Path, files))
+    known: dict[tuple[str, ...], set[str]] = {}
+    for subset in (getattr(data, name, None) for name in ("train_data", "val_data", "test_data")):
+        for path in _files(_table(subset)) if subset is not None else ():
+            known.setdefault(_name(path), set()).add(path)
+    found = [known.get(_name(file), set()) for file in files]
+    return [Path(*paths) for paths in found] if all(len(paths) == 1 for paths in found) else None
+
+
+def given_images(folder: str, transform: Transform | None = None) -> PredictDataset:
+    """A folder's images.
 
     Args:
         folder: Folder of good images.
+        transform: What is done to each.
 
     Raises:
         CflowError: If there is no image, or one that cannot be used.
     """
     try:
-        images = PredictDataset(Path(folder))
+        images = PredictDataset(Path(folder), transform)
     except (OSError, ValueError) as error:
         msg = f"There is no image in {folder} to calibrate decisions on; name a folder with --model.held_out_images."
         raise CflowError(msg) from error
     check_images(images.image_filenames)
-    return DataLoader(images, batch_size=1, collate_fn=images.collate_fn)
+    return images
+
+
+def _one_by_one(images: Dataset[Any], like: DataLoader[Any] | None = None) -> DataLoader[Any]:
+    """A loader of one image at a time: in a batch anomalib would resize all to the largest of them.
+
+    Args:
+        images: The images.
+        like: A loader whose processes and settings are taken over.
+    """
+    if like is None:
+        return DataLoader(images, batch_size=1, collate_fn=cast("PredictDataset", images).collate_fn)
+    return loader_of(images, like, batch_size=1)
+
+
+def _warn_of_augmentations(in_use: Transform | None) -> None:
+    """Say so where tested images pass through more than a file's or a folder's will.
+
+    Args:
+        in_use: What is done to an image that is tested.
+    """
+    parts = in_use.transforms if isinstance(in_use, Compose) else [in_use]
+    others = [type(part).__name__ for part in parts if part is not None and not isinstance(part, Identity | Resize)]
+    if others:
+        logger.warning(
+            "Images that are tested pass through %s of the data module, and so do those that set the thresholds. What "
+            "`anomalib predict` and exported files are given has to pass through it, too, before; or make it a part of "
+            "the model's pre_processor.",
+            ", ".join(others),
+        )

@@ -1,6 +1,6 @@
 """The reference images' scores, as exported files, checkpoints and tables carry them."""
 
-__all__ = ["KEY", "read_reference_scores", "read_scores"]
+__all__ = ["DECISIONS_KEY", "KEY", "read_reference_scores", "read_scores"]
 
 import csv
 import json
@@ -14,6 +14,9 @@ from cflow_plugin.errors import CflowError
 
 KEY = "cflow_plugin_reference_scores"
 """Under this name an exported file has the scores, as JSON."""
+
+DECISIONS_KEY = "cflow_plugin_decisions"
+"""Under this name an exported file says, in a sentence, what its decisions rest on."""
 
 
 def read_reference_scores(path: Path) -> np.ndarray | None:

@@ -1,6 +1,13 @@
 """Loaders of a part of another loader's images, alike in everything else."""
 
-__all__ = ["data_module_of", "images_in", "loader_of", "loader_of_part"]
+__all__ = [
+    "augmentations_in_use",
+    "data_module_of",
+    "images_in",
+    "loader_of",
+    "loader_of_part",
+    "with_augmentations",
+]
 
 from collections.abc import Iterable, Sequence, Sized
 from copy import copy
@@ -9,6 +16,7 @@ from typing import Any, cast
 from anomalib.data import AnomalibDataModule
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision.transforms.v2 import Transform
 
 
 def data_module_of(trainer: Trainer) -> AnomalibDataModule | None:
@@ -52,16 +60,37 @@ def loader_of(
     return DataLoader(images, batch_size=batch_size or like.batch_size, sampler=sampler, **settings)
 
 
-def loader_of_part(loader: DataLoader[Any], indices: Sequence[int], augmented: bool = True) -> DataLoader[Any]:
+def loader_of_part(loader: DataLoader[Any], indices: Sequence[int]) -> DataLoader[Any]:
     """A loader, in order, of a part of another loader's images.
 
     Args:
         loader: Loader of images.
         indices: Which images.
-        augmented: Keep the data set's augmentations.
     """
-    images: Any = loader.dataset
-    if not augmented and getattr(images, "augmentations", None) is not None:
-        images = copy(images)
-        images.augmentations = None
-    return loader_of(Subset(images, indices), like=loader)
+    return loader_of(Subset(loader.dataset, indices), like=loader)
+
+
+def with_augmentations(images: Dataset[Any], augmentations: Transform | None) -> Dataset[Any]:
+    """A data set with other augmentations.
+
+    Args:
+        images: The data set; it is copied, and its images are not. One that knows none is left as it is.
+        augmentations: What is done to each image when it is loaded.
+    """
+    if not hasattr(images, "augmentations"):
+        return images
+    changed: Any = copy(images)
+    changed.augmentations = augmentations
+    return changed
+
+
+def augmentations_in_use(data: AnomalibDataModule | None) -> Transform | None:
+    """What a data module does to an image that is tested; resizing as the model does is among it once it is attached.
+
+    Args:
+        data: The data module, after its set-up.
+    """
+    subset = getattr(data, "test_data", None)
+    if subset is not None and len(subset):
+        return getattr(subset, "augmentations", None)
+    return getattr(data, "test_augmentations", None)
