@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from cflow_plugin.model.torch_model import CflowModel
+from cflow_plugin.training.calibration import Calibration
 from cflow_plugin.training.feature_bank import FeatureBank
 from cflow_plugin.training.optimization import Pace
 
@@ -30,14 +31,14 @@ class KeepBest(Callback):
     The likelihood is logged, as ``unseen_nll``, for who wants another rule.
 
     Args:
-        bank: Gives the features, once there are any.
+        calibration: Knows the features, and is told when weights change outside of a step.
         pace: The run's, told to hasten.
         seed: Gives the seed for the choice of vectors.
     """
 
-    def __init__(self, bank: Callable[[], FeatureBank | None], pace: Pace, seed: Callable[[], int]) -> None:
+    def __init__(self, calibration: Calibration, pace: Pace, seed: Callable[[], int]) -> None:
         super().__init__()
-        self._bank, self._pace, self._seed = bank, pace, seed
+        self._calibration, self._pace, self._seed = calibration, pace, seed
         self._forget()
 
     def _forget(self) -> None:
@@ -52,8 +53,8 @@ class KeepBest(Callback):
         self._forget()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the likelihoods, and at the end take the best decoders."""
-        bank = self._bank()
+        """Look at the likelihoods."""
+        bank = self._calibration.bank
         if bank is None or not len(bank.unseen_features[0]) or not isinstance(pl_module.model, CflowModel):
             return
         model, epoch = pl_module.model, trainer.current_epoch
@@ -69,8 +70,12 @@ class KeepBest(Callback):
             self._pace.hasten(pl_module.global_step, epochs * int(trainer.num_training_batches))
         elif self._is_hastening and self._pace.share >= 1:
             trainer.should_stop = True
-        if trainer.should_stop or epoch + 1 == trainer.max_epochs:
-            self._take_best(model)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the best decoders, whichever way training has ended."""
+        del trainer
+        if isinstance(pl_module.model, CflowModel):
+            self._take_best(pl_module.model)
 
     def _keep(self, model: CflowModel, found: list[float], epoch: int) -> None:
         if not self._likelihoods:
@@ -83,9 +88,19 @@ class KeepBest(Callback):
                 self._weights[scale] = {name: value.detach().clone() for name, value in decoder.state_dict().items()}
 
     def _take_best(self, model: CflowModel) -> None:
+        if not self._weights or self._are_best(model):
+            return
         for decoder, weights in zip(model.decoders, self._weights, strict=True):
             decoder.load_state_dict(weights)
         model.drop_folded()
+        self._calibration.step = None
+
+    def _are_best(self, model: CflowModel) -> bool:
+        return all(
+            torch.equal(value, best[name])
+            for decoder, best in zip(model.decoders, self._weights, strict=True)
+            for name, value in decoder.state_dict().items()
+        )
 
 
 @torch.no_grad()

@@ -8,14 +8,18 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.models.components import AnomalibModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.images.loading import images_in
+from cflow_plugin.model.folded import in_full_precision
 from cflow_plugin.model.torch_model import CflowModel
+from cflow_plugin.training.checkpoints import complete_checkpoints, write_checkpoints
 from cflow_plugin.training.feature_bank import FeatureBank
+from cflow_plugin.training.validation import validate_now
 from cflow_plugin.training.vector_loader import VectorLoader
 
 logger = logging.getLogger(__name__)
@@ -26,11 +30,21 @@ _IMAGES = 128
 _INTERIM_IMAGES = 4
 
 
-class Calibration:
-    """Sets the scoring constants after each epoch, and the thresholds at the end of training, once a step."""
+class Calibration(Callback):
+    """Sets the scoring constants after each epoch, and the thresholds where a model is judged and where training ends.
+
+    Ends are of many kinds: the planned one, early stopping, a limit of time or steps, an interrupt, or a resumed run
+    with nothing left to do. Whichever it is, constants and thresholds are of the last weights, and the checkpoints that
+    were written for these are brought up to date.
+
+    Attributes:
+        step: The optimisation step whose weights constants and thresholds are of, or ``None``.
+        vectors: What is trained on.
+    """
 
     def __init__(self) -> None:
-        self._step = -1
+        self.step: int | None = None
+        self._is_busy = False
         self.end()
 
     @property
@@ -51,44 +65,89 @@ class Calibration:
             reference: Loader of the reference images, or ``None`` where no false-alarm rate is kept.
             score: See :func:`scores_of`.
         """
-        self.vectors, self.reference, self._score = vectors, reference, score
+        self.vectors, self._reference, self._score = vectors, reference, score
 
     def end(self) -> None:
         """Let go of features and images."""
         self.vectors: VectorLoader | None = None
-        self.reference: DataLoader[Any] | None = None
+        self._reference: DataLoader[Any] | None = None
         self._score: Callable[[torch.Tensor], InferenceBatch] | None = None
 
-    def before_validation(self, module: AnomalibModule) -> None:
-        """Set constants and thresholds before validation scores anything and writes a checkpoint.
+    # What Lightning calls
 
-        Args:
-            module: The model in training.
-        """
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            self._set_constants(module, _IMAGES)
-            self._set_thresholds(module)
-            self._step = module.global_step
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew; a checkpoint that is gone on from says how far it is."""
+        del trainer, pl_module
+        if stage == "fit":
+            self.step = None
 
-    def after_epoch(self, module: AnomalibModule) -> None:
-        """Set the constants, and when training ends the thresholds, before a checkpoint is written.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget thresholds that the checkpoint brought: they will not fit the weights that are saved from now on."""
+        del trainer
+        _forget(pl_module)
 
-        Args:
-            module: The model in training.
-        """
-        if self._step == module.global_step:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set constants and thresholds before validation scores anything and writes a checkpoint."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._set(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set constants that serve if the run is cut off here; thresholds of earlier weights are forgotten."""
+        if self.step != trainer.global_step:
+            self._set_constants(pl_module, _INTERIM_IMAGES)
+            _forget(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set constants and thresholds of the weights that training ends with, unless that is done."""
+        if self.step == trainer.global_step:
             return
-        trainer = module.trainer
-        ended = module.current_epoch + 1 == trainer.max_epochs or module.global_step == trainer.max_steps
-        if trainer.should_stop or ended:
-            self._set_constants(module, _IMAGES)
-            self._set_thresholds(module)
-            return
-        self._set_constants(module, _INTERIM_IMAGES)
-        if isinstance(module.post_processor, ConformalPostProcessor) and module.post_processor.is_conformal:
-            module.post_processor.forget()
+        if trainer.enable_validation:
+            validate_now(trainer)  # calls on_validation_start
+        else:
+            self._set(pl_module)
+        complete_checkpoints(trainer)
 
-    def _set_constants(self, module: AnomalibModule, images: int) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish a run that was killed behind its last step and has nothing left to train."""
+        if self.step != trainer.global_step and self.vectors is not None and trainer.global_step:
+            if self.vectors.bank is None:
+                next(iter(self.vectors))
+            self._set(pl_module)
+            complete_checkpoints(trainer)
+        self.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave an interrupted training with a model that can be used."""
+        started = self.vectors is not None and self.vectors.bank is not None and trainer.global_step > 0
+        # Several processes are not at the same step when they are interrupted, and would wait for each other.
+        if not isinstance(exception, KeyboardInterrupt) or not started or self._is_busy or trainer.world_size > 1:
+            return
+        logger.info("Interrupted in epoch %d; setting the thresholds of the model as it is.", trainer.current_epoch)
+        if trainer.enable_validation:
+            validate_now(trainer)
+        else:
+            self._set(pl_module)
+        for file in write_checkpoints(trainer):
+            logger.info("The model as it is: %s. To go on with the training, pass --ckpt_path last.ckpt.", file)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint says."""
+        self.step = state_dict["step"]
+
+    # What is set
+
+    def _set(self, module: LightningModule) -> None:
+        self._is_busy = True
+        self._set_constants(module, _IMAGES)
+        self._set_thresholds(module)
+        self._is_busy = False
+        self.step = module.global_step
+
+    def _set_constants(self, module: LightningModule, images: int) -> None:
         if self.vectors is not None and self.vectors.bank is not None:
             model = cast("CflowModel", module.model)
             bank, seed = self.vectors.bank, self.vectors.seed
@@ -98,15 +157,21 @@ class Calibration:
                 log_likelihoods_of(bank, unseen, model, images, seed) if len(unseen[0]) else None,
             )
 
-    def _set_thresholds(self, module: AnomalibModule) -> None:
-        if self.reference is None or self._score is None:
+    def _set_thresholds(self, module: LightningModule) -> None:
+        if self._reference is None or self._score is None:
             return
-        training = module.model.training
-        module.model.eval()
-        logger.info("Scoring %d good images for the thresholds.", images_in(self.reference))
-        scores, maxima = scores_of(self.reference, self._score)
-        module.model.train(training)
+        model = cast("CflowModel", module.model)
+        training = model.training
+        model.eval()
+        logger.info("Scoring %d good images for the thresholds.", images_in(self._reference))
+        scores, maxima = scores_of(self._reference, self._score)
+        model.train(training)
         cast("ConformalPostProcessor", module.post_processor).calibrate(scores, maxima)
+
+
+def _forget(module: LightningModule) -> None:
+    if isinstance(module.post_processor, ConformalPostProcessor):
+        module.post_processor.forget()
 
 
 @torch.no_grad()
@@ -127,11 +192,13 @@ def log_likelihoods_of(
     """
     result = []
     chosen = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(seed))[:images]
-    for decoder, vectors, positions, size in zip(model.decoders, features, bank.positions, bank.sizes, strict=True):
-        condition = model.condition(*size, vectors)[positions]
-        likelihood = vectors.new_full((len(chosen), size[0] * size[1]), float("nan"))
+    for trained, vectors, positions, size in zip(model.decoders, features, bank.positions, bank.sizes, strict=True):
+        decoder = in_full_precision(trained)  # as images will be scored
+        like = next(decoder.parameters())
+        condition = model.condition(*size, like)[positions]
+        likelihood = like.new_full((len(chosen), size[0] * size[1]), float("nan"))
         for row, image in enumerate(chosen):
-            likelihood[row, positions] = decoder.log_likelihood(vectors[image], condition)
+            likelihood[row, positions] = decoder.log_likelihood(vectors[image].to(like), condition)
         result.append(likelihood.unflatten(1, size))
     return result
 

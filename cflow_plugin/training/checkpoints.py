@@ -4,10 +4,13 @@ __all__ = [
     "CheckpointFiles",
     "LastEpoch",
     "check_weights",
+    "complete_checkpoints",
+    "keep_last_epoch",
     "translate_errors",
     "use_checkpoint_files",
     "versions",
     "warn_of_other_versions",
+    "write_checkpoints",
     "write_missing_checkpoints",
 ]
 
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch import nn
 
 from cflow_plugin.errors import CflowError
@@ -78,6 +81,19 @@ class LastEpoch(ModelCheckpoint):
         super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
 
 
+def keep_last_epoch(trainer: Trainer) -> None:
+    """Add :class:`LastEpoch` to a trainer.
+
+    As a callback of the model's it would take the place of the user's own ``ModelCheckpoint``, of which it is a kind.
+
+    Args:
+        trainer: The trainer, being given its model.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  set when it is made
+    if not any(isinstance(callback, LastEpoch) for callback in callbacks):
+        callbacks.append(LastEpoch())
+
+
 def write_missing_checkpoints(trainer: Trainer) -> None:
     """Leave a model where anomalib looks for it.
 
@@ -86,11 +102,76 @@ def write_missing_checkpoints(trainer: Trainer) -> None:
     Args:
         trainer: The trainer, whose training has ended; every process has to call this.
     """
+    for file in _files_of_the_engine(trainer):
+        if not trainer.strategy.broadcast(file.exists()):
+            trainer.save_checkpoint(file)
+
+
+def write_checkpoints(trainer: Trainer) -> list[Path]:
+    """Write the model as it is to where anomalib looks for it, unless the user keeps the best by some metric there.
+
+    Args:
+        trainer: The trainer; every process has to call this.
+
+    Returns:
+        The files.
+    """
+    files = _files_of_the_engine(trainer, best_as_well=False)
+    for file in files:
+        trainer.save_checkpoint(file)
+    return files
+
+
+def _files_of_the_engine(trainer: Trainer, best_as_well: bool = True) -> list[Path]:
+    return [
+        Path(callback.dirpath) / f"{callback.filename}.ckpt"
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        and callback.dirpath
+        and Path(callback.dirpath).name == "lightning"
+        and (best_as_well or callback.monitor is None)
+    ]
+
+
+def complete_checkpoints(trainer: Trainer) -> None:
+    """Bring files up to date that were written for the last step before constants and thresholds were set.
+
+    All else in them is left as it is, so that a run goes on from them as it would have.
+
+    Args:
+        trainer: The trainer, whose training has ended.
+    """
+    module, files = trainer.lightning_module, trainer.strategy.checkpoint_io
+    if not trainer.is_global_zero:
+        return
+    # What is best by some metric is what that metric was computed of, and has thresholds from then.
+    chosen = {
+        path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+        for path in callback.best_k_models
+        if files.load_checkpoint(path, "cpu")["callbacks"].get("Calibration", {}).get("step") == trainer.global_step
+    }
+    for path in _files_of_this_run(trainer):
+        checkpoint = files.load_checkpoint(path, "cpu")
+        if checkpoint["global_step"] != trainer.global_step or path in chosen:
+            continue
+        checkpoint["state_dict"] = module.state_dict()
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  set when it is made
+            if callback.state_key in checkpoint["callbacks"] and not isinstance(callback, Checkpoint):
+                checkpoint["callbacks"][callback.state_key] = callback.state_dict()
+        module.on_save_checkpoint(checkpoint)
+        files.save_checkpoint(checkpoint, path)
+
+
+def _files_of_this_run(trainer: Trainer) -> set[str]:
+    """All files that its callbacks have written and know of, in their own folders."""
+    found = set()
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath and Path(callback.dirpath).name == "lightning":
-            file = Path(callback.dirpath) / f"{callback.filename}.ckpt"
-            if not trainer.strategy.broadcast(file.exists()):
-                trainer.save_checkpoint(file)
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            known = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
+            found |= {path for path in known if path and Path(path).parent == Path(callback.dirpath)}
+    return {path for path in found if "://" in path or Path(path).is_file()}
 
 
 def use_checkpoint_files(trainer: Trainer) -> None:

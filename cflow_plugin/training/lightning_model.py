@@ -183,9 +183,10 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         return {"num_sanity_val_steps": 0}
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """A look at the images, vectors in their place, and a checkpoint that a run that dies is resumed from."""
-        best = KeepBest(lambda: self.calibration.bank, self.progress.pace, lambda: self.progress.seed_of(self.trainer))
-        own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), best, checkpoints.LastEpoch()]
+        """A look at the images, vectors in their place, thresholds, and a checkpoint to resume a dead run from."""
+        checkpoints.keep_last_epoch(self.trainer)
+        best = KeepBest(self.calibration, self.progress.pace, lambda: self.progress.seed_of(self.trainer))
+        own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), best, self.calibration]
         return [*cast("Sequence[Callback]", super().configure_callbacks()), *own]
 
     # Before training
@@ -217,7 +218,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         begun = self.progress.training_has_begun
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
-            lambda images: self.model.encoder(self.prepared(images)),
+            lambda images: self.model.encoder(self.prepared(images).to(self.dtype)),
             lambda bank: self._fit_whitening(bank, loader),
             lambda: self.current_epoch,
             steps=self.hparams["steps_per_epoch"],
@@ -229,7 +230,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             processes=self.trainer.world_size,
         )
         logger.info(describe_run(self, self.model, images_in(loader.images)))
-        self.calibration.begin(loader, self.reference.loader, lambda images: self.model(self.prepared(images)))
+        self.calibration.begin(loader, self.reference.loader, lambda images: self.scored(self.prepared(images)))
         return loader
 
     def _fit_whitening(self, bank: FeatureBank, loader: VectorLoader) -> None:
@@ -260,17 +261,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
 
-    def on_validation_start(self) -> None:
-        """Set the scoring constants and thresholds before validation scores anything and writes a checkpoint."""
-        self.calibration.before_validation(self)
-
-    def on_train_epoch_end(self) -> None:
-        """Set the scoring constants, and when training ends the thresholds, before a checkpoint is written."""
-        self.calibration.after_epoch(self)
-
     def on_fit_end(self) -> None:
-        """Give the features' memory back, and leave a model where it is looked for."""
-        self.calibration.end()
+        """Leave a model where it is looked for."""
         self.reference.loader = None
         self.progress.continued_from = self.trainer.ckpt_path
         checkpoints.write_missing_checkpoints(self.trainer)
@@ -280,7 +272,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run has to know beside weights."""
         super().on_save_checkpoint(checkpoint)
-        self.progress.write(checkpoint, self.reference.chosen)
+        self.progress.write(checkpoint, self.reference)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's settings, and note that the weights are its own.
@@ -293,7 +285,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         resuming.take_over_settings(self, checkpoint.get("hyper_parameters", {}))
         checkpoints.check_weights(checkpoint["state_dict"], self.model)
-        self.reference.chosen = self.progress.read(checkpoint)
+        self.progress.read(checkpoint, self.reference)
 
 
 publish("anomalib.models", CflowPlugin)

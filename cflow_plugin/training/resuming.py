@@ -13,6 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cflow_plugin.anomalib_patches.augmentations import resize_as_model_does
+from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.errors import CflowError
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.checkpoints import versions, warn_of_other_versions
@@ -76,36 +77,35 @@ class Progress:
             )
             raise CflowError(msg)
 
-    def write(self, checkpoint: dict[str, Any], reference_images: dict[str, Any] | None) -> None:
+    def write(self, checkpoint: dict[str, Any], reference: ReferenceImages) -> None:
         """Add to a checkpoint what a resumed run has to know, as plain values.
 
         Args:
             checkpoint: What Lightning writes.
-            reference_images: Which images are held out.
+            reference: The images that set the thresholds.
         """
         checkpoint[_KEY] = {
             "seed": self.seed,
             "planned_steps": self.planned_steps,
             "pace": self.pace.state(),
-            "reference_images": reference_images,
+            "reference_images": reference.chosen,
+            "reference_files": reference.files,
             "versions": versions(),
         }
 
-    def read(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    def read(self, checkpoint: Mapping[str, Any], reference: ReferenceImages) -> None:
         """Go on from a checkpoint.
 
         Args:
             checkpoint: What Lightning read.
-
-        Returns:
-            Which images are held out.
+            reference: Is told which images set the thresholds.
         """
         found = checkpoint.get(_KEY, {})
         warn_of_other_versions(found.get("versions"))
         self.seed, self.planned_steps = found.get("seed"), found.get("planned_steps")
         self.pace.restore(found.get("pace", {}))
         self.encoder_is_loaded = self.training_has_begun = True
-        return found.get("reference_images")
+        reference.chosen, reference.files = found.get("reference_images"), found.get("reference_files", [])
 
     def tests_what_was_trained(self, module: AnomalibModule, checkpoint: dict[str, Any]) -> bool:
         """Whether a test is of the model as it was just trained; the checkpoint is then made to hold that model.

@@ -2,12 +2,15 @@
 
 __all__ = ["check_not_negative", "check_positive", "false_alarm_rate", "plan_run", "recipe_epochs"]
 
+import sys
+
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
 
 from cflow_plugin.anomalib_patches.screen import leave_out_summary
 from cflow_plugin.errors import CflowError
 from cflow_plugin.images.loading import data_module_of
+from cflow_plugin.training.validation import is_watched
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
 _SHORTEST_RUN = 8  # epochs, for so few images or fewer:
@@ -94,9 +97,9 @@ def plan_run(trainer: Trainer, epochs: int | None) -> None:
     if loops.max_epochs == _LIGHTNING_DEFAULT_EPOCHS:
         # Who passes bare loaders is told so later.
         loops.max_epochs = epochs or recipe_epochs(1 if data is None else len(data.train_data))
-    if trainer.check_val_every_n_epoch == 1 and loops.max_epochs and loops.max_epochs > 0:
-        # Thresholds are wanted of the trained model only.
-        trainer.check_val_every_n_epoch = loops.max_epochs
+    if trainer.check_val_every_n_epoch == 1 and not is_watched(trainer):
+        # Thresholds are wanted of the trained model only; whichever epoch is the last will be followed by a validation.
+        trainer.check_val_every_n_epoch = loops.max_epochs if loops.max_epochs and loops.max_epochs > 0 else sys.maxsize
     if getattr(data, "val_split_mode", None) == ValSplitMode.NONE:
         # anomalib's data modules fail when they are asked for validation images that they do not have.
         trainer.limit_val_batches = 0

@@ -124,7 +124,10 @@ class VectorLoader:
         if self.bank is None or self.bank.is_due or changes:
             self.bank = None  # two at once may be more than the memory holds
             generator = torch.Generator().manual_seed(self.seed)
-            self.bank = fill_bank(self.images, self._extract, self._unseen, generator, self._turn_of)
+            with torch.random.fork_rng():
+                # Augmentations draw from torch's own generator, whose state a checkpoint does not hold.
+                torch.manual_seed(self.seed + self._epoch())
+                self.bank = fill_bank(self.images, self._extract, self._unseen, generator, self._turn_of)
         self._prepare(self.bank)
         cells = [height * width for height, width in self.bank.sizes]
         vectors = [max(1, self._vectors_per_step * count // cells[0]) for count in cells]
