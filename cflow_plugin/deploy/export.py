@@ -12,12 +12,21 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
+from torch import nn
 from torchmetrics import Metric
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
-from cflow_plugin.decisions.reference_scores import KEY
-from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, free_dimensions, note_in_onnx
+from cflow_plugin.decisions.reference_images import ReferenceImages
+from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
+from cflow_plugin.deploy.graph import (
+    InferenceGraph,
+    convert_to_openvino,
+    free_dimensions,
+    note_in_onnx,
+    with_decisions,
+)
 from cflow_plugin.deploy.quantization import check_data, compress
+from cflow_plugin.deploy.thresholds import threshold_images, thresholds_of
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
 from cflow_plugin.model.torch_model import CflowModel
@@ -29,6 +38,7 @@ _Base = AnomalibModule if TYPE_CHECKING else ExportMixin
 class FoldedExport(_Base):
     """Export with the decoders folded, and with what a file says of its decisions."""
 
+    reference: ReferenceImages
     model: CflowModel  # pyright: ignore[reportIncompatibleVariableOverride]  never any other module
 
     def to_onnx(
@@ -55,7 +65,7 @@ class FoldedExport(_Base):
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
             written = InferenceGraph(self, input_size).to_onnx(partial, model_file_name, input_size, **kwargs)
-            note_in_onnx(written, self._notes())
+            note_in_onnx(written, _notes(self.post_processor))
         return path
 
     def to_openvino(
@@ -79,7 +89,9 @@ class FoldedExport(_Base):
             input_size: Height and width of the images; ``None`` takes images of any size.
             compression_type: ``FP16`` halves the file, ``INT8`` quarters the weights in it, ``INT8_PTQ`` also computes
                 in 8 bits, ``INT8_ACQ`` does so only as far as ``metric`` allows.
-            datamodule: Its training images calibrate INT8_PTQ and INT8_ACQ; its validation images measure ``metric``.
+            datamodule: The data the model was trained on. Its training images calibrate INT8_PTQ and INT8_ACQ; its
+                validation images measure ``metric``. The images that thresholds come from are looked for in it, unless
+                their files lie where they did in training: each compression has thresholds of its own.
             metric: anomalib metric for INT8_ACQ; by default the image F1 score.
             task: Ignored; results are images' and pixels' alike.
             max_drop: How much of the metric INT8_ACQ may lose.
@@ -97,14 +109,21 @@ class FoldedExport(_Base):
         kind = None if compression_type is None else CompressionType(compression_type)
         if kind is not None:
             check_data(kind, datamodule)  # before the slow conversion
+        post_processor, images = self.post_processor, None
+        if kind is not None:
+            images = threshold_images(self, datamodule)
         model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
         if kind is not None:
-            model = compress(model, kind, datamodule, metric, max_drop)
-        for key, value in self._notes().items():
+            files = self.reference.files
+            model = compress(model, kind, datamodule, metric, max_drop, post_processor, leave_out=files)
+        if images is not None:
+            post_processor = thresholds_of(model, self, images)
+        model = with_decisions(model, post_processor)
+        for key, value in _notes(post_processor).items():
             model.set_rt_info(value, key)
         path = _folder(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
         with atomic_folder(path.parent, last=path.name) as partial:
-            openvino.save_model(model, partial / path.name, compress_to_fp16=kind == CompressionType.FP16)
+            openvino.save_model(model, partial / path.name, compress_to_fp16=False)  # of thresholds no digit is lost
         return path
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
@@ -134,11 +153,15 @@ class FoldedExport(_Base):
         if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal:
             self.post_processor.check_calibrated()
 
-    def _notes(self) -> dict[str, str]:
-        """What a file says of the reference images: their scores, normalised as the file's own scores are."""
-        if not (isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_calibrated):
-            return {}
-        return {KEY: json.dumps(self.post_processor.normalized_reference_scores.tolist())}
+
+def _notes(post_processor: nn.Module | None) -> dict[str, str]:
+    """What a file says of its decisions, and the reference images' scores, normalised as the file's own scores are."""
+    if not isinstance(post_processor, ConformalPostProcessor):
+        return {}
+    notes = {DECISIONS_KEY: post_processor.describe()}
+    if post_processor.is_calibrated:
+        notes[KEY] = json.dumps(post_processor.normalized_reference_scores.tolist())
+    return notes
 
 
 def _folder(export_root: Path | str, kind: ExportType) -> Path:

@@ -1,6 +1,6 @@
 """A trained model as an ONNX or OpenVINO graph, pre- and post-processing included."""
 
-__all__ = ["InferenceGraph", "convert_to_openvino", "free_dimensions", "note_in_onnx"]
+__all__ = ["InferenceGraph", "convert_to_openvino", "free_dimensions", "note_in_onnx", "with_decisions"]
 
 import logging
 from collections.abc import Mapping
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RAW = ("pred_score", "anomaly_map")
+
 
 class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]  as in anomalib's own modules
     """What goes into a file: pre-processing, the folded model, post-processing, and nothing of the training.
@@ -58,13 +60,8 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         given = None if input_size is None else (input_size[0], input_size[1])
         self.size = cast("tuple[int, int]", size or given)
         self.resizes = given != self.size
-        self.post_processor = deepcopy(model.post_processor)
-        if isinstance(self.post_processor, PostProcessor):
-            ranges = torch.stack([self.post_processor.image_min, self.post_processor.pixel_min])
-            if ranges.isnan().all():
-                # Never validated: nothing is normalised, and a graph full of NaN is what some runtimes refuse.
-                self.post_processor.enable_normalization = False
-        whole = deepcopy(cast("CflowModel", model.model)).cpu().eval()
+        self.post_processor = _exportable(model.post_processor)
+        whole = deepcopy(cast("CflowModel", model.model)).cpu().float().eval()
         self.model: FoldedModel = whole.folded(self.size)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.eval()
 
@@ -85,19 +82,76 @@ def _split(transform: Transform | None) -> tuple[tuple[int, int] | None, nn.Modu
     return None, deepcopy(transform)
 
 
+def _exportable(post_processor: nn.Module | None) -> nn.Module | None:
+    """A copy without what there are no thresholds and ranges for: some runtimes refuse a graph full of NaN."""
+    copied = deepcopy(post_processor)
+    if isinstance(copied, PostProcessor):
+        copied.cpu().float()
+        if torch.isnan(copied.image_threshold):
+            copied.enable_thresholding = copied.enable_normalization = False
+        if torch.isnan(torch.stack([copied.image_min, copied.pixel_min])).all():
+            copied.enable_normalization = False
+    return copied
+
+
 class _Outputs(nn.Module):
-    """The outputs that there are, as a plain tuple."""
+    """Scores and maps as a plain tuple."""
 
     def __init__(self, inference: InferenceGraph) -> None:
         super().__init__()
         self.inference = inference
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(value for value in self.inference(images) if value is not None)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result = self.inference(images)
+        assert result.pred_score is not None
+        assert result.anomaly_map is not None
+        return result.pred_score, result.anomaly_map
+
+
+class _Decisions(nn.Module):
+    """Post-processing of scores and maps, its outputs as a plain tuple."""
+
+    def __init__(self, post_processor: nn.Module) -> None:
+        super().__init__()
+        self.post_processor = post_processor
+
+    def forward(self, pred_score: torch.Tensor, anomaly_map: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = self.post_processor(InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map))
+        return tuple(value for value in result if value is not None)
+
+
+def with_decisions(model: ov.Model, post_processor: nn.Module | None) -> ov.Model:
+    """Add post-processing to a converted model.
+
+    Args:
+        model: What :func:`convert_to_openvino` returned, or a compressed form of it; not to be used any further.
+        post_processor: anomalib's, or one derived from it.
+
+    Returns:
+        A model with outputs ``pred_score``, ``pred_label``, ``anomaly_map`` and ``pred_mask``, or the first and third
+        of these where there is no threshold.
+    """
+    decisions = _exportable(post_processor)
+    if decisions is None:
+        return model
+    score, anomaly_map = (model.output(name) for name in _RAW)
+    size = anomaly_map.partial_shape
+    example = (torch.zeros(2), torch.zeros(2, 1, size[2].get_length(), size[3].get_length()))
+    with torch.no_grad():
+        result = decisions(InferenceBatch(*[example[0], None, example[1], None]))
+        free = torch.export.Dim("batch_size", max=2**31 - 1)
+        program = torch.export.export(_Decisions(decisions), example, dynamic_shapes=[{0: free}] * 2, strict=False)
+    added = ov.convert_model(program)
+    for parameter, source in zip(added.get_parameters(), (score, anomaly_map), strict=True):
+        parameter.output(0).replace(source.get_node().input_value(0))
+    names = [name for name, value in result._asdict().items() if value is not None]
+    for output, name in zip(added.outputs, names, strict=True):
+        output.get_tensor().set_names({name})
+    return ov.Model(added.get_results(), model.get_parameters(), "model")  # pyright: ignore[reportGeneralTypeIssues]  its stub
 
 
 def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | None = None, **arguments: Any) -> ov.Model:
-    """Convert a trained model to OpenVINO in full precision.
+    """Convert a trained model to OpenVINO in full precision, without its decisions (see :func:`with_decisions`).
 
     Args:
         model: A trained :class:`~cflow_plugin.CflowPlugin`.
@@ -105,19 +159,20 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
         **arguments: More arguments of :func:`openvino.convert_model`; ``input=[1, 3, 256, 256]`` fixes the batch.
 
     Returns:
-        The OpenVINO model, its batch dynamic unless fixed.
+        The OpenVINO model, its batch dynamic unless fixed, with outputs ``pred_score`` and ``anomaly_map``, neither of
+        them normalised.
     """
     inference = InferenceGraph(model, input_size)
     resizes, inference.resizes = inference.resizes, False
+    inference.post_processor = None
     example = torch.zeros(2, 3, *inference.size)
     with torch.no_grad():
-        names = [name for name, value in inference(example)._asdict().items() if value is not None]
         free = free_dimensions(inference.size)
         program = torch.export.export(_Outputs(inference), (example,), dynamic_shapes=free, strict=False)
     converted = ov.convert_model(program, **arguments)
     converted.inputs[0].get_tensor().set_names({"input"})
     converted.reshape([converted.input(0).partial_shape[0], 3, *inference.size])
-    for output, name in zip(converted.outputs, names, strict=True):
+    for output, name in zip(converted.outputs, _RAW, strict=True):
         output.get_tensor().set_names({name})
     if resizes:
         # OpenVINO has an operation for this, but none for torch's.

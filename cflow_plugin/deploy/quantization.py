@@ -1,10 +1,10 @@
 """An exported model in fewer bits: what may be, and what ranges come from."""
 
-__all__ = ["TrainingImages", "compress", "quantize", "quantize_with_accuracy_control"]
+__all__ = ["TrainingImages", "check_data", "compress", "fixed_size", "quantize", "quantize_with_accuracy_control"]
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 import openvino as ov
 import torch
-from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.metrics import F1Score
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import resize
@@ -50,15 +51,19 @@ def compress(
     datamodule: AnomalibDataModule | None = None,
     metric: Metric | None = None,
     max_drop: float = 0.01,
+    post_processor: nn.Module | None = None,
+    leave_out: Collection[str] = (),
 ) -> ov.Model:
     """Compress a converted model in one of anomalib's ways.
 
     Args:
         model: What :func:`convert_to_openvino` returned.
-        kind: Which way. FP16 changes nothing here: it is how the file is written.
+        kind: Which way.
         datamodule: Its training images calibrate INT8_PTQ and INT8_ACQ; its validation images measure the metric.
         metric: anomalib metric for INT8_ACQ, higher is better; by default the image F1 score.
         max_drop: How much of the metric INT8_ACQ may lose.
+        post_processor: The trained model's, whose decisions a metric may be of.
+        leave_out: Image files that ranges must not be taken from, since thresholds will be.
 
     Returns:
         The compressed model.
@@ -67,19 +72,19 @@ def compress(
         CflowError: If NNCF cannot quantize the model.
     """
     if kind == CompressionType.FP16:
-        return model
+        return _halve(model)
     if kind == CompressionType.INT8:
         return _nncf().compress_weights(model)
     data = check_data(kind, datamodule)
-    images = TrainingImages(data, _fixed_size(model))
+    images = TrainingImages(data, fixed_size(model), leave_out=leave_out)
     logger.info("Calibrating INT8 on %d training images.", len(images))
     if kind == CompressionType.INT8_PTQ:
         return quantize(model, images)
     metric = metric or F1Score(fields=["pred_label", "gt_label"])
-    return quantize_with_accuracy_control(model, images, data.val_dataloader(), metric, max_drop)
+    return quantize_with_accuracy_control(model, images, data.val_dataloader(), metric, max_drop, post_processor)
 
 
-def _fixed_size(model: ov.Model) -> tuple[int, int] | None:
+def fixed_size(model: ov.Model) -> tuple[int, int] | None:
     """Height and width of the images that a model takes, or ``None`` where they may differ."""
     shape = model.input(0).partial_shape
     return None if shape[2].is_dynamic else (shape[2].get_length(), shape[3].get_length())
@@ -95,15 +100,26 @@ class TrainingImages:
         datamodule: The data the model was trained on.
         size: Height and width that images are resized to, or ``None`` to keep theirs.
         limit: At most this many images, spread over the data set.
+        leave_out: Files that are not taken, by their last three names; none is where nothing else is left.
     """
 
-    def __init__(self, datamodule: AnomalibDataModule, size: tuple[int, int] | None = None, limit: int = 300) -> None:
+    def __init__(
+        self,
+        datamodule: AnomalibDataModule,
+        size: tuple[int, int] | None = None,
+        limit: int = 300,
+        leave_out: Collection[str] = (),
+    ) -> None:
         datamodule.prepare_data()
         datamodule.setup("fit")
         self.dataset = copy(datamodule.train_data)
         self.dataset.augmentations = None
         self.size = size
-        self.indices = np.unique(np.linspace(0, len(self.dataset) - 1, limit).round().astype(int)).tolist()
+        left_out = {Path(file).parts[-3:] for file in leave_out}
+        files = self.dataset.samples.image_path if left_out else []
+        taken = [index for index, file in enumerate(files) if Path(file).parts[-3:] not in left_out]
+        taken = np.array(taken or range(len(self.dataset)))
+        self.indices = taken[np.unique(np.linspace(0, len(taken) - 1, limit).round().astype(int))].tolist()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -155,7 +171,12 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
 
 
 def quantize_with_accuracy_control(
-    model: ov.Model, images: Iterable[np.ndarray], validation: DataLoader, metric: Metric, max_drop: float
+    model: ov.Model,
+    images: Iterable[np.ndarray],
+    validation: DataLoader,
+    metric: Metric,
+    max_drop: float,
+    post_processor: nn.Module | None = None,
 ) -> ov.Model:
     """Quantize to INT8, and give operations their full precision back until a metric stays within bounds.
 
@@ -165,12 +186,13 @@ def quantize_with_accuracy_control(
         validation: Labelled images to measure the metric on.
         metric: An anomalib metric; higher is better.
         max_drop: How much of the metric may be lost.
+        post_processor: The trained model's, whose decisions the metric may be of.
 
     Returns:
         The quantized model.
     """
     nncf = _nncf()
-    size = _fixed_size(model)
+    size = fixed_size(model)
 
     def measure(compiled: ov.CompiledModel, batches: Iterable[Batch]) -> float:
         metric.reset()
@@ -178,11 +200,11 @@ def quantize_with_accuracy_control(
             image = cast("torch.Tensor", batch.image)
             image = image if size is None else resize(image, list(size), antialias=True)
             results = compiled(image.numpy())
-            found = {
-                name: torch.from_numpy(results[name])
-                for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")
-            }
-            metric.update(batch.update(in_place=False, image=image, **found))
+            found = InferenceBatch(
+                pred_score=torch.from_numpy(results["pred_score"]), anomaly_map=torch.from_numpy(results["anomaly_map"])
+            )
+            found = post_processor(found) if post_processor is not None else found
+            metric.update(batch.update(in_place=False, image=image, **found._asdict()))
         return float(metric.compute())
 
     return nncf.quantize_with_accuracy_control(

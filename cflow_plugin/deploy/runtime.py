@@ -33,7 +33,10 @@ def read_exported(path: Path) -> ov.Model:
         message = f"{path} could not be read as an OpenVINO or ONNX model."
         raise CflowError(message) from error
     if not {"pred_score", "pred_label", "anomaly_map"} <= outputs:
-        message = f"{path} gives {', '.join(sorted(outputs))}; a model exported by anomalib with thresholds is needed."
+        message = (
+            f"{path} gives {', '.join(sorted(outputs))} and no decision; a model exported with a threshold is needed. "
+            "Train it with --model.target_false_alarm_rate, or with good and defective images to validate on."
+        )
         raise CflowError(message)
     shape = model.input(0).partial_shape
     # One image at a time. With a batch of any size OpenVINO 2026.4 compiles some models wrongly for several streams: a

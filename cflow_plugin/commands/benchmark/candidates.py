@@ -32,8 +32,8 @@ from torch import nn
 
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.baselines.spade import Spade
-from cflow_plugin.deploy.graph import convert_to_openvino, free_dimensions
-from cflow_plugin.deploy.quantization import quantize
+from cflow_plugin.deploy.graph import convert_to_openvino, free_dimensions, with_decisions
+from cflow_plugin.deploy.quantization import compress, quantize
 from cflow_plugin.model.encoder import BACKBONES, Encoder
 from cflow_plugin.training.lightning_model import CflowPlugin
 
@@ -221,8 +221,8 @@ def export_model(model: AnomalibModule | EncoderAlone, candidate: Candidate, fol
             path = _export_encoder(model, candidate, folder)
         elif candidate.runtime == "onnxruntime":
             path = model.to_onnx(folder, input_size=size)
-        elif candidate.stored == "int8" and isinstance(model, CflowPlugin):
-            path = _quantized(model, candidate, folder)
+        elif candidate.stored in {"f16", "int8"} and isinstance(model, CflowPlugin):
+            path = _compressed(model, candidate, folder)
         else:
             half = CompressionType.FP16 if candidate.stored == "f16" else None
             path = model.to_openvino(folder, input_size=size, compression_type=half)
@@ -246,10 +246,14 @@ def _export_encoder(model: EncoderAlone, candidate: Candidate, folder: Path) -> 
     return path
 
 
-def _quantized(model: CflowPlugin, candidate: Candidate, folder: Path) -> Path:
-    converted = quantize(convert_to_openvino(model, (candidate.size, candidate.size)), _random_images(candidate.size))
+def _compressed(model: CflowPlugin, candidate: Candidate, folder: Path) -> Path:
+    converted = convert_to_openvino(model, (candidate.size, candidate.size))
+    if candidate.stored == "int8":
+        converted = quantize(converted, _random_images(candidate.size))
+    else:
+        converted = compress(converted, CompressionType.FP16)
     path = folder / "model.xml"
-    ov.save_model(converted, path)
+    ov.save_model(with_decisions(converted, model.post_processor), path, compress_to_fp16=False)
     return path
 
 
