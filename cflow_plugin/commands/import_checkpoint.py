@@ -9,19 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import lightning
 import numpy as np
 import torch
-from anomalib.data import ImageBatch, PredictDataset
-from anomalib.post_processing import PostProcessor
-from lightning.pytorch import Trainer
+from anomalib.data import PredictDataset
 from rich.progress import track
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
-from torchvision.tv_tensors import Image
 
+from cflow_plugin.decisions.conformal import check_enough
+from cflow_plugin.decisions.reference_images import choose_reference
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.images.pre_processing import CflowPreProcessor
@@ -29,6 +28,9 @@ from cflow_plugin.images.reading import check_images, unreadable
 from cflow_plugin.model.encoder import BACKBONES, Padding
 from cflow_plugin.model.flow import CouplingBlock
 from cflow_plugin.training.lightning_model import CflowPlugin
+
+if TYPE_CHECKING:
+    from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ _NORMALIZATION = {
 # Batch norm's epsilon in torchvision's MobileNetV3, from which the original code's is taken, and in timm's.
 _MOBILENET_EPSILON, _TIMM_EPSILON = 1e-3, 1e-5
 _CALIBRATION_IMAGES = 128
+_DEFAULT_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def import_checkpoint(
     encoder: EncoderName,
     output: Path = Path("model.ckpt"),
     images: Path | None = None,
+    held_out_images: Path | None = None,
+    target_false_alarm_rate: float | None = None,
     image_size: tuple[int, int] | None = None,
     dataset: DatasetName | None = None,
 ) -> None:
@@ -86,34 +91,44 @@ def import_checkpoint(
     --ckpt_path`. Nothing but tensors is read from the file: pickled code in it is never run.
 
     Name --images, too: the original normalises scores over its test set, so its checkpoints hold nothing that a single
-    image could be scored by. From good images (best those it was trained on) come the constants of the scores, and the
-    highest score among them is the threshold. Without them, the result has likelihoods, but refuses to score.
+    image could be scored by. From good images (best those it was trained on) come the constants of the scores. Without
+    them, the result has likelihoods, but refuses to score.
+
+    A threshold takes good images that it was not trained on: name them with --held_out_images. Where --images were not
+    trained on either, --target_false_alarm_rate alone holds a part of them out. Without a threshold, the result gives
+    scores and maps, and decides nothing.
 
     Args:
         checkpoint: The original's .pt file. It may be given without the option, as the first argument.
         encoder: The original's --enc-arch.
         output: The file to write.
         images: Folder of good images.
+        held_out_images: Folder of other good images, not trained on, whose scores set the threshold.
+        target_false_alarm_rate: Share of good images that may be called anomalous; 0.05 with --held_out_images.
         image_size: Height and width that images are resized to. By default what the original wrote into the file's
             name (…_inp256_…), or else 256×256.
         dataset: Whose normalisation of colours the original used. By default what the file's name begins with, or else
             mvtec, which is that of ImageNet.
 
     Raises:
-        CflowError: If the file is not such a checkpoint or does not fit the encoder, if there are no images in the
-            folder, or if the output cannot be written.
+        CflowError: If the file is not such a checkpoint or does not fit the encoder, if there are no images in a
+            folder, or too few for the rate, or if the output cannot be written.
     """
     if output.is_dir() or not output.resolve().parent.is_dir():
         msg = f"{output} cannot be written: it must be a file in an existing folder; choose another --output."
         raise CflowError(msg)
-    files = _find_images(images) if images is not None else None
+    if images is None and (held_out_images, target_false_alarm_rate) != (None, None):
+        msg = "A threshold takes scores, and scores take --images: name a folder of good images."
+        raise CflowError(msg)
+    files, held_out = _choose_images(images, held_out_images, target_false_alarm_rate) if images else ([], [])
     encoder_weights, decoders = _read(checkpoint)
     size = _size_from_name(checkpoint) if image_size is None else (image_size[0], image_size[1])
     if dataset is None:
         dataset = "stc" if checkpoint.name.startswith("stc_") else "mvtec"
     model = _build(checkpoint, encoder, encoder_weights, decoders, size, dataset)
-    if files is not None:
+    if files:
         _calibrate(model, files)
+        _set_threshold(model, held_out, target_false_alarm_rate)
     else:
         logger.warning("Without --images the model is not calibrated: it has likelihoods, but cannot score images.")
     _save(model, output)
@@ -326,51 +341,76 @@ def _size_from_name(path: Path) -> tuple[int, int]:
     return (int(match[1]), int(match[1])) if match else (256, 256)
 
 
-def _find_images(folder: Path) -> PredictDataset:
+def _choose_images(
+    folder: Path, held_out_folder: Path | None, rate: float | None
+) -> tuple[Sequence[Path], Sequence[Path]]:
+    """The images that set the constants, and those that set the threshold, if any do."""
+    found = _find_images(folder, "--images")
+    if held_out_folder is not None:
+        held_out = _find_images(held_out_folder, "--held_out_images")
+        check_enough(len(held_out), _DEFAULT_RATE if rate is None else rate)
+        return found, held_out
+    if rate is None:
+        return found, []
+    chosen = set(choose_reference(len(found), rate, share=0.5, seed=0))
+    return [file for index, file in enumerate(found) if index not in chosen], [found[index] for index in sorted(chosen)]
+
+
+def _find_images(folder: Path, option: str) -> list[Path]:
     """The images of a folder."""
     if not folder.is_dir():
-        msg = f"There is no folder {folder}; name a folder of good images with --images."
+        msg = f"There is no folder {folder}; name a folder of good images with {option}."
         raise CflowError(msg)
     try:
         found = PredictDataset(folder)
     except ValueError as error:
-        msg = f"There is no image in {folder}; name a folder of good images with --images."
+        msg = f"There is no image in {folder}; name a folder of good images with {option}."
         raise CflowError(msg) from error
-    found.image_filenames.sort()
     check_images(found.image_filenames)
-    return found
+    return sorted(found.image_filenames)
 
 
 @torch.no_grad()
-def _calibrate(model: CflowPlugin, images: PredictDataset) -> None:
-    """Set the scoring constants from good images, and the threshold to the highest score among them."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, _CALIBRATION_IMAGES).round().astype(int)).tolist()
-    likelihoods: list[list[torch.Tensor]] = []
-    size = (0, 0)
-    pre_processor, post_processor = model.pre_processor, model.post_processor
-    assert pre_processor is not None
-    assert isinstance(post_processor, PostProcessor)
-    for index in track(chosen, description="Calibrating", transient=True):
-        try:
-            image = torch.as_tensor(images[index].image)
-        except Exception as error:  # a damaged file fails in many ways
-            raise CflowError(unreadable([images.image_filenames[index]]) or str(error)) from error
-        pixels = pre_processor(image[None])
-        size = (pixels.shape[-2], pixels.shape[-1])
-        likelihoods.append(model.model.log_likelihoods(pixels))
+def _calibrate(model: CflowPlugin, files: Sequence[Path]) -> None:
+    """Set the scoring constants from good images."""
+    chosen = np.unique(np.linspace(0, len(files) - 1, _CALIBRATION_IMAGES).round().astype(int))
+    likelihoods = [
+        model.model.log_likelihoods(_prepared(model, files[index]))
+        for index in track(chosen, description="Calibrating", transient=True)
+    ]
     model.model.calibrate([torch.cat(scale) for scale in zip(*likelihoods, strict=True)])
-    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    for values in likelihoods:
-        anomaly_map, score = model.model.scoring(values, size)
-        good = ImageBatch(
-            image=Image(torch.zeros(1, 3, *size)),
-            gt_label=torch.tensor([False]),
-            pred_score=score,
-            anomaly_map=anomaly_map,
+    logger.info("The scores' constants are of %d good images.", len(chosen))
+
+
+@torch.no_grad()
+def _set_threshold(model: CflowPlugin, files: Sequence[Path], rate: float | None) -> None:
+    """Set the threshold by good images that were not trained on."""
+    if not files:
+        logger.warning(
+            "There is no threshold: the model gives scores and maps, and decides nothing. Good images that it was not "
+            "trained on set one: --held_out_images."
         )
-        post_processor.on_validation_batch_end(trainer, model, good)
-    post_processor.on_validation_epoch_end(trainer, model)
-    logger.info("Calibrated on %d good images; the highest score among them is the threshold.", len(chosen))
+        return
+    processor = cast("ConformalPostProcessor", model.post_processor)
+    processor.target_false_alarm_rate = _DEFAULT_RATE if rate is None else rate
+    scores, maxima = [], []
+    for file in track(files, description="Held-out images", transient=True):
+        result = model.model(_prepared(model, file))
+        scores.append(result.pred_score)
+        maxima.append(result.anomaly_map.amax((1, 2, 3)))
+    processor.calibrate(torch.cat(scores), torch.cat(maxima))
+    model.reference.files = list(map(str, files))
+    logger.info("%s", processor.describe())
+
+
+def _prepared(model: CflowPlugin, file: Path) -> torch.Tensor:
+    """One image as the model takes it."""
+    assert model.pre_processor is not None
+    try:
+        image = torch.as_tensor(PredictDataset(file)[0].image)
+    except Exception as error:  # a damaged file fails in many ways
+        raise CflowError(unreadable([file]) or str(error)) from error
+    return model.pre_processor(image[None])
 
 
 def _save(model: CflowPlugin, output: Path) -> None:
