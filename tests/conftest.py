@@ -65,7 +65,7 @@ TOGETHER = (
     r"test_startup\.py",  # one warm process
     r"test_comparison\.py::test_(the_command|one_failure|a_killed)",
     r"test_distributed\.py::test_(two_processes|anomalib_s)",
-    r"test_post_processing\.py::test_(exports_decide|the_scores_survive|an_exported_model)",
+    r"test_post_processing\.py::test_(exports_decide|an_exported_model)",
 )
 
 
@@ -204,6 +204,20 @@ def export(trained: CflowPlugin, common: Path) -> Callable[..., Path]:
         return next(folder.rglob("model.xml" if kind == "openvino" else "model.onnx"))
 
     return functools.cache(export)
+
+
+@pytest.fixture(scope="session")
+def converted(trained: CflowPlugin, common: Path) -> Path:
+    """What compression begins with: the trained model in OpenVINO without decisions, made once."""
+
+    def convert(folder: Path) -> None:
+        import openvino
+
+        from cflow_plugin.deploy.graph import convert_to_openvino
+
+        openvino.save_model(convert_to_openvino(trained, (64, 64)), folder / "model.xml", compress_to_fp16=False)
+
+    return once(common / "converted", convert) / "model.xml"
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
 from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.deploy import export as export_module
 from cflow_plugin.deploy.graph import InferenceGraph
 from cflow_plugin.deploy.quantization import TrainingImages
+from cflow_plugin.deploy.runtime import read_exported
 
 from .conftest import QUICK, make_engine, run_command
 
@@ -88,11 +90,12 @@ def test_anomalib_s_inferencers(trained, export, tmp_path, monkeypatch):
 
 
 def random_model(size, **settings):
-    """With constants, as training would leave it, and one coupling block, so that it is exported fast."""
+    """With constants and thresholds as training would leave them, and one coupling block: that is exported fast."""
     torch.manual_seed(0)
     model = CflowPlugin(**settings, pre_trained=False, image_size=size, coupling_blocks=1).eval()
     with torch.no_grad():
         model.model.calibrate(model.model.log_likelihoods(torch.randn(2, 3, *size)))
+    set_thresholds(model.post_processor, 0.5, 0.5)
     return model
 
 
@@ -136,18 +139,19 @@ def test_the_log_determinant_survives(trained):
 
 
 @pytest.fixture
-def converted_once(export, monkeypatch):
-    """Compression begins with the conversion that the uncompressed file is made of; that takes most of the time."""
-    path = export((64, 64))
-    monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(path))
+def converted_once(converted, monkeypatch):
+    """Compression begins with a conversion, which takes most of the time."""
+    monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(converted))
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("converted_once")
-def test_files_are_small(trained, export, tmp_path):
+def test_files_are_small(trained, textures, export, tmp_path):
     sizes = {None: export((64, 64)).with_suffix(".bin").stat().st_size}
     for kind in (CompressionType.FP16, CompressionType.INT8):
-        path = trained.to_openvino(tmp_path / str(kind), input_size=(64, 64), compression_type=kind)
+        path = trained.to_openvino(
+            tmp_path / str(kind), input_size=(64, 64), compression_type=kind, datamodule=textures
+        )
         sizes[kind] = path.with_suffix(".bin").stat().st_size
     # The condition's weights are not needed, nor is a constant for each position.
     weights = sum(parameter.numel() for parameter in trained.model.decoders.parameters())
@@ -201,8 +205,9 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path):
         CflowPlugin(**QUICK).to_openvino(tmp_path)
     with pytest.raises(CflowError, match="trained model"):
         CflowPlugin(**QUICK).to_onnx(tmp_path)
-    with pytest.raises(CflowError, match="--data"):
-        trained.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+    for kind in CompressionType:
+        with pytest.raises(CflowError, match="--data"):
+            trained.to_openvino(tmp_path, compression_type=kind)
     assert not list(tmp_path.iterdir())
 
 
@@ -211,12 +216,26 @@ def test_a_model_without_thresholds(textures, tmp_path, monkeypatch):
     model = CflowPlugin(**QUICK, epochs=1, steps_per_epoch=1)
     make_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=textures)
     assert torch.isnan(model.eval().post_processor.image_min)
+    images = images_of((64, 64))
+    with torch.no_grad():
+        expected = model(images)
+    assert expected.pred_label is None
+    assert expected.pred_mask is None
     path = model.to_openvino(tmp_path, input_size=(64, 64))
-    assert_agrees(run_openvino(path, images_of((64, 64))), model, images_of((64, 64)))
     monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(path))
-    int8 = {"compression_type": CompressionType.INT8_PTQ, "datamodule": textures}
-    quantized = model.to_openvino(tmp_path / "int8", input_size=(64, 64), **int8)
-    assert np.isfinite(run_openvino(quantized, images_of((64, 64)))["anomaly_map"]).all()
+    fp16 = model.to_openvino(tmp_path / "fp16", input_size=(64, 64), compression_type=CompressionType.FP16)
+    monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
+    for file, tolerance in ((path, 1e-4), (fp16, 2e-3)):
+        read = ov.Core().read_model(file)
+        assert {name for output in read.outputs for name in output.names} == {"pred_score", "anomaly_map"}
+        assert "decides nothing" in read.get_rt_info(["cflow_plugin_decisions"]).astype(str)
+        found = ov.Core().compile_model(read, "CPU", F32)(images.numpy())
+        for name in ("pred_score", "anomaly_map"):
+            np.testing.assert_allclose(found[name], getattr(expected, name).numpy(), atol=tolerance)
+        with pytest.raises(CflowError, match=r"no decision; .* --model\.target_false_alarm_rate"):
+            read_exported(file)
+        picture = (images[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        assert OpenVINOInferencer(file, "CPU", F32).predict(picture).pred_label is None
 
 
 @pytest.mark.long

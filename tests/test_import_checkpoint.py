@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -224,9 +225,33 @@ def test_scores_after_calibration(small, tmp_path, good):
     torch.testing.assert_close(torch.cat([result.anomaly_map for result in raw]), maps, rtol=0, atol=1e-4)
     scores = torch.cat([result.pred_score for result in raw])
     torch.testing.assert_close(scores, maps.amax((1, 2, 3)), rtol=0, atol=1e-4)
-    # No good image is called anomalous, and the threshold is no higher than it takes.
-    assert not any(result.pred_label.any() or result.pred_mask.any() for result in found)
-    torch.testing.assert_close(model.post_processor.image_threshold, scores.max())
+    # Images that it was trained on set no threshold.
+    assert all(result.pred_label is None and result.pred_mask is None for result in found)
+
+
+@pytest.mark.long
+def test_thresholds_come_from_images_that_were_not_trained_on(small, tmp_path, good):
+    other = tmp_path / "held out"
+    shutil.copytree(good / "more", other)
+    given = imported(
+        small.content(), tmp_path, "mobilenet_v3_large", images=good, held_out_images=other, target_false_alarm_rate=0.4
+    )
+    part = imported(small.content(), tmp_path, "mobilenet_v3_large", images=good, target_false_alarm_rate=0.34)
+    for model, rank in ((given, 2), (part, 2)):
+        assert len(model.reference.files) == 2
+        images = [PredictDataset(file)[0].image[None] for file in model.reference.files]
+        with torch.no_grad():
+            scores = torch.cat([model.model(model.pre_processor(image)).pred_score for image in images])
+        torch.testing.assert_close(model.post_processor.reference_scores, scores.sort().values)
+        assert model.post_processor.image_threshold == model.post_processor.reference_scores[rank - 1]
+    assert {Path(file).parent for file in given.reference.files} == {other}
+    for settings, words in (
+        ({"images": good, "held_out_images": other}, r"0\.05 needs at least 19 good images.*there are 2"),
+        ({"images": good, "target_false_alarm_rate": 0.05}, "needs 19 good images held out"),
+        ({"images": None, "held_out_images": other}, "--images: name a folder"),
+    ):
+        with pytest.raises(CflowError, match=words):
+            imported(small.content(), tmp_path, "mobilenet_v3_large", **settings)
 
 
 def test_without_images_it_does_not_score(small, tmp_path):

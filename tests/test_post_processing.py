@@ -6,26 +6,23 @@ from fractions import Fraction
 import numpy as np
 import onnx
 import onnxruntime
-import openvino as ov
 import pytest
 import torch
-from anomalib.data import InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.utils import ValSplitMode
-from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
 from PIL import Image
 from scipy.stats import beta, betabinom, kstest
 
 from cflow_plugin import CflowError, CflowPlugin
-from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.commands.monitor import monitor
 from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.decisions.conformal import images_needed, p_values, threshold_rank
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import choose_reference
 from cflow_plugin.decisions.reference_scores import read_reference_scores
-from cflow_plugin.deploy import export as export_module
 from cflow_plugin.training.vector_loader import fill_bank
 
 from .conftest import QUICK, make_engine, make_textures, run_command
@@ -159,10 +156,9 @@ def test_pixels_are_tested_together():
         held_out, new = maps(39), maps(40)
         post_processor = post_processor_for(held_out.flatten(1).mean(1), held_out.flatten(1).amax(1), 0.05)
         result = decide(post_processor, new.flatten(1).mean(1), new)
-        any_pixel = result.pred_mask.flatten(1).any(1)
-        p = post_processor.pixel_p_values(result.anomaly_map)
-        assert torch.equal(p <= 0.05, result.pred_mask)
-        shown += int(any_pixel.sum())
+        low = post_processor.pixel_p_values(result.anomaly_map) <= 0.05
+        assert torch.equal(low & result.pred_label.reshape(-1, 1, 1, 1), result.pred_mask)
+        shown += int(low.flatten(1).any(1).sum())
     theory = betabinom(40, 2, 38)
     assert abs(shown / draws - theory.mean()) < 4 * theory.std() / draws**0.5
 
@@ -312,15 +308,18 @@ def test_normalisation_keeps_every_order_and_decision(threshold):
     """Also where anomalib's own would make one value of all that lie far from the threshold."""
     scores = torch.linspace(0, 1, 101)
     post_processor = ConformalPostProcessor()
-    set_thresholds(post_processor, threshold, threshold)
-    # Whatever the validation scores were.
-    for low, high in (
-        (post_processor.image_min, post_processor.image_max),
-        (post_processor.pixel_min, post_processor.pixel_max),
-    ):
-        low.fill_(0)
-        high.fill_(1)
+    # The lowest of the anomalous scores is the threshold that maximises F1.
+    few = torch.tensor([threshold / 2, threshold - 0.01, threshold, threshold + 0.05])
+    validated = ImageBatch(
+        image=torch.zeros(4, 3, 1, 1),
+        pred_score=few,
+        anomaly_map=few.view(4, 1, 1),
+        gt_label=few >= threshold,
+        gt_mask=(few >= threshold).view(4, 1, 1),
+    )
+    post_processor.on_validation_batch_end(None, None, validated)
     post_processor.on_validation_epoch_end(None, None)
+    assert post_processor.image_threshold == torch.tensor(threshold)
     found = post_processor(InferenceBatch(pred_score=scores, anomaly_map=scores.view(1, 1, 1, -1)))
     for values, decided in (
         (found.pred_score, found.pred_label),
@@ -489,16 +488,6 @@ def test_exports_decide_alike(calibrated, calibrated_export, data, tmp_path, mon
     onnx.checker.check_model(str(files["onnx"]))
     session = onnxruntime.InferenceSession(files["onnx"], providers=["CPUExecutionProvider"])
     assert {"pred_score", "pred_label"} <= {output.name for output in session.get_outputs()}
-
-
-@pytest.mark.long
-def test_the_scores_survive_compression(calibrated, calibrated_export, tmp_path, monkeypatch):
-    # Compression begins with the same conversion, which takes long.
-    monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(calibrated_export))
-    assert read_reference_scores(calibrated_export) is not None
-    path = calibrated[0].to_openvino(tmp_path, input_size=(64, 64), compression_type=CompressionType.INT8)
-    assert len(read_reference_scores(path)) == 4
-    assert ov.Core().read_model(path).inputs
 
 
 @pytest.mark.long
