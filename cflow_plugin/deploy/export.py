@@ -18,8 +18,10 @@ from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_scores import KEY
 from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, free_dimensions, note_in_onnx
 from cflow_plugin.deploy.quantization import check_data, compress
+from cflow_plugin.deploy.runtime import BITS
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
+from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.torch_model import CflowModel
 
 # Where a mixin stands in front of it, anomalib's module is what self is.
@@ -135,10 +137,12 @@ class FoldedExport(_Base):
             self.post_processor.check_calibrated()
 
     def _notes(self) -> dict[str, str]:
-        """What a file says of the reference images: their scores, normalised as the file's own scores are."""
-        if not (isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_calibrated):
-            return {}
-        return {KEY: json.dumps(self.post_processor.normalized_reference_scores.tolist())}
+        """What a file says of images and scores: the bits of a value, and the reference images' normalised scores."""
+        bits = self.pre_processor.bits if isinstance(self.pre_processor, CflowPreProcessor) else None
+        notes = {BITS: str(bits or 8)}
+        if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_calibrated:
+            notes[KEY] = json.dumps(self.post_processor.normalized_reference_scores.tolist())
+        return notes
 
 
 def _folder(export_root: Path | str, kind: ExportType) -> Path:

@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import Compose, Resize, Transform
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
+from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.folded import FoldedModel
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
 
     Attributes:
         size: Height and width of the images behind the pre-processing.
+        gain: What values are multiplied by, see :class:`~cflow_plugin.images.pre_processing.CflowPreProcessor`.
         resizes: Whether images may have another size before it. The graph's own resizing smooths as the trained model's
             does; anomalib leaves that out of what it exports.
 
@@ -58,6 +60,8 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         given = None if input_size is None else (input_size[0], input_size[1])
         self.size = cast("tuple[int, int]", size or given)
         self.resizes = given != self.size
+        pre_processor = model.pre_processor
+        self.gain = pre_processor.gain if isinstance(pre_processor, CflowPreProcessor) else 1.0
         self.post_processor = deepcopy(model.post_processor)
         if isinstance(self.post_processor, PostProcessor):
             ranges = torch.stack([self.post_processor.image_min, self.post_processor.pixel_min])
@@ -72,6 +76,8 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         """Images ``(B, 3, H, W)`` with values between 0 and 1 to anomalib's results."""
         if self.resizes:
             images = functional.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
+        if self.gain != 1:
+            images = images * self.gain
         result = self.model(self.transform(images) if self.transform else images)
         return self.post_processor(result) if self.post_processor else result
 

@@ -3,6 +3,7 @@
 __all__ = ["OneClassMixin"]
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
 
+from cflow_plugin.errors import CflowError
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
 from cflow_plugin.training.checkpoints import translate_errors
@@ -36,6 +39,27 @@ class OneClassMixin(_Module):
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize and normalise."""
         return CflowPreProcessor(AnomalibModule.configure_pre_processor(image_size).transform)
+
+    @classmethod
+    def pre_processing(
+        cls, given: nn.Module | bool, image_size: tuple[int, int], bits: int | None = None
+    ) -> nn.Module | bool:
+        """The pre-processor that was asked for.
+
+        Args:
+            given: A pre-processor, of which anomalib's own keeps its transform alone; or whether to use the default.
+            image_size: Height and width that the default one resizes to.
+            bits: Bits of a value in the images; ``None`` where the training images decide.
+
+        Raises:
+            CflowError: If the size is no height and width.
+        """
+        if given is True:
+            if not (isinstance(image_size, Sequence) and len(image_size) == 2):
+                message = f"image_size is a height and a width, for example (256, 256); got {image_size!r}."
+                raise CflowError(message)
+            given = cls.configure_pre_processor((image_size[0], image_size[1]))
+        return CflowPreProcessor(given.transform, bits) if isinstance(given, PreProcessor) else given
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

@@ -51,7 +51,8 @@ class Scorer:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        compiled = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
+        model = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
+        compiled, self._bits = model
         self._queue = ov.AsyncInferQueue(compiled)
         self._queue.set_callback(self._keep)
         self._alone = compiled.create_infer_request()
@@ -84,7 +85,7 @@ class Scorer:
 
     def _read(self, path: str) -> np.ndarray | str:
         try:
-            return read_image(self.settings.root / path)
+            return read_image(self.settings.root / path, self._bits)
         except ImageFileError as error:
             return f"cannot be used as an image: {error.reason}"
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.listing import IMAGES, natural_order
+from cflow_plugin.images.listing import IMAGES, list_folder
 from cflow_plugin.images.reading import ImageFileError, read_image
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
     Attributes:
         name: Path below the folder, or the number of the frame in six digits.
         time: Seconds since the first image.
-        image: Shape ``(H, W, 3)``, bytes, blue first; or what is wrong with the file.
+        image: Shape ``(H, W, 3)``, blue first, bytes or 16-bit values; or what is wrong with the file.
     """
 
     name: str
@@ -52,26 +52,33 @@ class Source(NamedTuple):
     rate: float | None
 
 
-def open_source(source: str, frame_rate: float) -> Source:
+def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
     """Open a folder, an image, a video file or a camera.
 
     Args:
         source: Its path, or the number of a camera.
         frame_rate: Images a second in a folder.
+        bits: Bits of a value in the images, as the model takes them.
 
     Raises:
-        CflowError: If there is nothing at that path or it cannot be opened.
+        CflowError: If there is nothing at that path, it cannot be opened, or has other images.
     """
     path = Path(source)
     if source.isdigit() or (path.is_file() and path.suffix.lower() not in IMAGES):
+        if bits > 8:
+            message = (
+                f"The model was trained on images of {bits} bits a value; a camera or video gives 8. Name a folder."
+            )
+            raise CflowError(message)
         return _open_film(source)
     if not path.exists():
         message = f"There is nothing at {source}: name a folder, an image, a video file or the number of a camera."
         raise CflowError(message)
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in IMAGES]
-    root = path.parent if path.is_file() else path
-    files = sorted((file.relative_to(root) for file in files), key=natural_order)
-    frames = (Frame(str(file), index / frame_rate, _try_to_read(root / file)) for index, file in enumerate(files))
+    files, root = ([path], path.parent) if path.is_file() else (list_folder(path), path)
+    frames = (
+        Frame(file.relative_to(root).as_posix(), index / frame_rate, _try_to_read(file, bits))
+        for index, file in enumerate(files)
+    )
     return Source(frames, len(files), is_film=False, rate=frame_rate)
 
 
@@ -111,8 +118,8 @@ def _film_frames(
         logger.warning("%s ends after %d frames, though its header speaks of %d.", source, index, total)
 
 
-def _try_to_read(path: Path) -> np.ndarray | ImageFileError:
+def _try_to_read(path: Path, bits: int) -> np.ndarray | ImageFileError:
     try:
-        return read_image(path)
+        return read_image(path, bits)
     except ImageFileError as error:
         return error
