@@ -145,7 +145,10 @@ def test_the_same_score_everywhere(trained_on_12_bits, tmp_path, monkeypatch):
     table = pd.read_parquet(tmp_path / "scores")
     watch(files["*.xml"], str(new), tmp_path / "watched")
     with (tmp_path / "watched/scores.csv").open() as file:
-        watched = {row["image"]: float(row["score"]) for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    watched = {row["image"]: float(row["score"]) for row in rows}
+    p_of_watch = {row["image"]: float(row["p_value"]) for row in rows}
+    reference = model.post_processor.normalized_reference_scores.double().numpy()
     config = {"INFERENCE_PRECISION_HINT": "f32"}
     openvino = OpenVINOInferencer(files["*.xml"], device="CPU", config=config)
     torch_inferencer = TorchInferencer(files["*.pt"], device="cpu")
@@ -153,6 +156,11 @@ def test_the_same_score_everywhere(trained_on_12_bits, tmp_path, monkeypatch):
     for name, value in predicted.items():
         tensor = anomalib_read_image(new / name, as_tensor=True)[None].numpy()
         row = table[table["path"] == str(new / name)].iloc[0]
+        # The one formula, by counting: score and watch agree to the digits of a table, in double precision.
+        expected = (1 + (reference >= np.float64(row["score"])).sum()) / (len(reference) + 1)
+        assert row["p_value"] == expected
+        assert p_of_watch[name] == pytest.approx(expected, abs=5e-7)
+        assert row["anomalous"] == (row["p_value"] <= 0.2)
         found = {
             "score": row["score"],
             "watch": watched[name],
