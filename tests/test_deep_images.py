@@ -148,6 +148,9 @@ def test_the_same_score_everywhere(trained_on_12_bits, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     watched = {row["image"]: float(row["score"]) for row in rows}
     p_of_watch = {row["image"]: float(row["p_value"]) for row in rows}
+    [table_of_predict] = tmp_path.rglob("predictions.csv")
+    with table_of_predict.open() as file:
+        p_of_predict = {Path(row["image"]).name: float(row["p_value"]) for row in csv.DictReader(file)}
     reference = model.post_processor.normalized_reference_scores.double().numpy()
     config = {"INFERENCE_PRECISION_HINT": "f32"}
     openvino = OpenVINOInferencer(files["*.xml"], device="CPU", config=config)
@@ -159,6 +162,7 @@ def test_the_same_score_everywhere(trained_on_12_bits, tmp_path, monkeypatch):
         # The one formula, by counting: score and watch agree to the digits of a table, in double precision.
         expected = (1 + (reference >= np.float64(row["score"])).sum()) / (len(reference) + 1)
         assert row["p_value"] == expected
+        assert p_of_predict[name] == pytest.approx(expected, abs=5e-7)
         assert p_of_watch[name] == pytest.approx(expected, abs=5e-7)
         assert row["anomalous"] == (row["p_value"] <= 0.2)
         found = {

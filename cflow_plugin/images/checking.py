@@ -1,6 +1,6 @@
 """Unusable image files, said before training starts, or by name where reading one fails."""
 
-__all__ = ["ImageFileCheck"]
+__all__ = ["ImageFileCheck", "image_files"]
 
 import logging
 import sys
@@ -87,13 +87,29 @@ def _files(trainer: Trainer) -> tuple[list[str], list[str]]:
     data = data_module_of(trainer)
     datasets = [getattr(data, name) for name in _SPLITS if getattr(data, name, None) is not None]
     for loaders in (trainer.test_dataloaders, trainer.predict_dataloaders):
-        every = loaders if isinstance(loaders, list) else [loaders]
-        datasets.extend(loader.dataset for loader in every if isinstance(loader, DataLoader))
+        datasets.extend(_datasets(loaders))
     images: dict[str, None] = {}
     masks: dict[str, None] = {}
     for dataset in datasets:
         _collect(dataset, images, masks)
     return list(images), list(masks)
+
+
+def image_files(loaders: Any) -> list[str]:
+    """The image files that loaders load, each once, in their order.
+
+    Args:
+        loaders: A loader, or a list of them.
+    """
+    images: dict[str, None] = {}
+    for dataset in _datasets(loaders):
+        _collect(dataset, images, {})
+    return list(images)
+
+
+def _datasets(loaders: Any) -> list[Any]:
+    every = loaders if isinstance(loaders, list) else [loaders]
+    return [loader.dataset for loader in every if isinstance(loader, DataLoader)]
 
 
 def _collect(dataset: Any, images: dict[str, None], masks: dict[str, None]) -> None:

@@ -5,7 +5,7 @@ __all__ = ["OneClassMixin"]
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
@@ -13,6 +13,8 @@ from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
@@ -20,6 +22,7 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
 from cflow_plugin.training.checkpoints import translate_errors
+from cflow_plugin.training.results import ResultFiles
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,13 @@ class OneClassMixin(_Module):
     def configure_evaluator() -> Evaluator:
         """Image AUROC and F1, pixel AUROC, AUPRO and F1."""
         return CflowEvaluator()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """anomalib's, but that pictures are written where none overwrites another."""
+        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
+        if self.visualizer is not None and not isinstance(self.visualizer, ImageVisualizer):
+            return [*callbacks, ResultFiles(None)]
+        return [*(one for one in callbacks if one is not self.visualizer), ResultFiles(self.visualizer)]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
