@@ -1,6 +1,6 @@
-"""What torch's modules lack: lists that know what is in them, and buffers of a shape that is known only when loaded."""
+"""What torch lacks: lists that know their modules, buffers of a shape that is loaded, double precision everywhere."""
 
-__all__ = ["ModuleListOf", "take_shapes_from_checkpoints"]
+__all__ = ["ModuleListOf", "as_on", "in_double", "take_shapes_from_checkpoints"]
 
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,6 +20,28 @@ class ModuleListOf(nn.ModuleList, Generic[AnyModule]):
     if TYPE_CHECKING:
 
         def __iter__(self) -> Iterator[AnyModule]: ...
+
+
+def in_double(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in double precision: where it is, or on the CPU if its device has none, as Apple's have not.
+
+    Args:
+        tensor: Any tensor.
+    """
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
+
+
+def as_on(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor in the number format and on the device of another one.
+
+    Args:
+        tensor: Any tensor.
+        like: The other one.
+    """
+    return tensor.to(like.dtype).to(like.device)  # in this order: the device may lack the format
 
 
 def take_shapes_from_checkpoints(module: nn.Module, with_dtypes: bool = False) -> None:

@@ -37,8 +37,8 @@ class ResultFiles(Callback):
     ``lineB/cam1/000.png`` become one picture.
 
     A prediction has a folder of its own, ``images/NAME`` where ``NAME`` is that of the images' folder, or ``NAME_2``
-    and so on where an earlier prediction's results are. In it are the pictures, in the folders that the images come from,
-    and ``predictions.csv`` with image, score, decision, p-value (where the model keeps a false-alarm rate) and picture.
+    and so on where an earlier prediction's results are. In it are the pictures, in the images' own folders, and
+    ``predictions.csv`` with image, score, decision, p-value (where the model keeps a false-alarm rate) and picture.
 
     Args:
         visualizer: Makes the pictures; ``None`` for none.
