@@ -78,7 +78,7 @@ def test_hidden_files_in_mvtec_ad(tmp_path):
 
 def test_only_hidden_files(tmp_path):
     root = write(tmp_path, ".a/0.png")
-    with pytest.raises(ValueError, match="Found 0 images"):
+    with pytest.raises(CflowError, match=r"no image in .* but hidden ones"):
         PredictDataset(root)
     with pytest.raises(CflowError, match="no image"):
         list_images(str(root))

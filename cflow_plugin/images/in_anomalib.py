@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.tv_tensors import Image as ImageTensor
 
 from cflow_plugin.anomalib_patches.image_files import use_for_pictures, wrap
+from cflow_plugin.errors import CflowError
 from cflow_plugin.images.listing import is_hidden, visible
 from cflow_plugin.images.pairing import check_roles, check_table, match_mvtec_ad, pair_masks
 from cflow_plugin.images.reading import load_pixels
@@ -62,20 +63,20 @@ def _picture(path: str | os.PathLike) -> Image.Image:
 
 
 def _list_images(original: Any, path: str | os.PathLike) -> list[Path]:
-    found = visible(original(path), Path(path))
-    if not found:
-        message = f"Found 0 images in {path}"
-        raise ValueError(message)  # as anomalib does
-    return found
+    return _not_none(visible(original(path), Path(path)), path)
+
+
+def _not_none(files: list[Path], path: str | os.PathLike) -> list[Path]:
+    if not files:
+        message = f"There is no image in {path} but hidden ones."
+        raise CflowError(message)
+    return files
 
 
 def _list_role(
     original: Any, path: str | os.PathLike, path_type: str, extensions: tuple[str, ...] | None = None
 ) -> tuple[list[Path], list[str]]:
-    files = visible(original(path, path_type, extensions)[0], Path(path))
-    if not files:
-        message = f"Found 0 {path_type} images in {path}"
-        raise RuntimeError(message)  # as anomalib does
+    files = _not_none(visible(original(path, path_type, extensions)[0], Path(path)), path)
     return files, [path_type] * len(files)
 
 

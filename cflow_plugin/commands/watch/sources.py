@@ -3,6 +3,7 @@
 __all__ = ["CameraLostError", "Frame", "Source", "open_source"]
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,8 @@ def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
     """Open a folder, an image, a video file or a camera.
 
     Args:
-        source: Its path, or the number of a camera.
+        source: Its path, the number or device node of a camera, or the address of a stream, as of
+            ``rtsp://`` or ``http://``.
         frame_rate: Images a second in a folder.
         bits: Bits of a value in the images, as the model takes them.
 
@@ -64,15 +66,20 @@ def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
         CflowError: If there is nothing at that path, it cannot be opened, or has other images.
     """
     path = Path(source)
-    if source.isdigit() or (path.is_file() and path.suffix.lower() not in IMAGES):
+    is_stream = "://" in source
+    is_camera = source.isdigit() or (not is_stream and path.is_char_device())
+    if is_camera or is_stream or (path.is_file() and path.suffix.lower() not in IMAGES):
         if bits > 8:
             message = (
                 f"The model was trained on images of {bits} bits a value; a camera or video gives 8. Name a folder."
             )
             raise CflowError(message)
-        return _open_film(source)
+        return _open_film(source, is_camera, is_stream)
     if not path.exists():
-        message = f"There is nothing at {source}: name a folder, an image, a video file or the number of a camera."
+        message = (
+            f"There is nothing at {source}: name a folder, an image, a video file, the number of a camera, or the "
+            "address of a stream."
+        )
         raise CflowError(message)
     files, root = ([path], path.parent) if path.is_file() else (list_folder(path), path)
     frames = (
@@ -82,22 +89,25 @@ def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
     return Source(frames, len(files), is_film=False, rate=frame_rate)
 
 
-def _open_film(source: str) -> Source:
-    is_camera = source.isdigit()
-    capture = cv2.VideoCapture(int(source) if is_camera else source)
+def _open_film(source: str, is_camera: bool, is_stream: bool) -> Source:
+    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    name = re.sub(r"//[^/@]*@", "//…@", source)  # of an address without the password in it
     if not capture.isOpened():
-        what = f"camera {source}" if is_camera else f"{source} as a video"
-        message = f"{what} could not be opened."
+        what = f"camera {source}" if is_camera else f"{name} as a {'stream' if is_stream else 'video'}"
+        where = ": check the address, and that this machine reaches it" if is_stream else ""
+        message = f"{what} could not be opened{where}."
         raise CflowError(message)
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    # What has no length is live, whatever its address is.
+    is_live = is_camera or (is_stream and count <= 0)
     rate = capture.get(cv2.CAP_PROP_FPS)
-    rate = None if is_camera or not rate > 0 else rate
-    total = count if count > 0 and not is_camera else None
-    return Source(_film_frames(capture, source, total, rate, is_camera), total, is_film=True, rate=rate)
+    rate = None if is_live or not rate > 0 else rate
+    total = count if count > 0 and not is_live else None
+    return Source(_film_frames(capture, name, total, rate, is_live), total, is_film=True, rate=rate)
 
 
 def _film_frames(
-    capture: cv2.VideoCapture, source: str, total: int | None, rate: float | None, is_camera: bool
+    capture: cv2.VideoCapture, source: str, total: int | None, rate: float | None, is_live: bool
 ) -> Iterator[Frame]:
     index, start = 0, None
     try:
@@ -111,8 +121,9 @@ def _film_frames(
             index += 1
     finally:
         capture.release()
-    if is_camera:
-        message = f"Camera {source} gave no more images after {index}, which are scored. Check its cable; start again."
+    if is_live:
+        what = f"Camera {source}" if source.isdigit() else source
+        message = f"{what} gave no more images after {index}, which are scored. Check its cable; start again."
         raise CameraLostError(message)
     if total is not None and index < total:
         logger.warning("%s ends after %d frames, though its header speaks of %d.", source, index, total)

@@ -61,8 +61,8 @@ def watch(
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
-        source: A folder, an image, a video file, or the number of a camera (0 is the first). A folder's images are
-            taken in natural order, 9.jpg before 10.jpg.
+        source: A folder, an image, a video file, the number of a camera (0 is the first) or its device node, or a
+            stream's address (rtsp://…, http://…). A folder's images are taken in natural order, 9.jpg before 10.jpg.
         output: Folder for the results.
         show: Show the pictures in a window.
         overlays: Write the pictures to files.
