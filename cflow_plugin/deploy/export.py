@@ -16,13 +16,23 @@ from torchmetrics import Metric
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_scores import KEY
-from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, free_dimensions, note_in_onnx
+from cflow_plugin.deploy.graph import (
+    InferenceGraph,
+    convert_to_openvino,
+    fix_batch,
+    free_dimensions,
+    note_in_onnx,
+    take_bytes,
+)
+from cflow_plugin.deploy.model_info import model_info
 from cflow_plugin.deploy.quantization import check_data, compress
 from cflow_plugin.deploy.runtime import BITS
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.torch_model import CflowModel
+
+_ONE_FILE = 1_900_000_000  # bytes; an ONNX file ends at 2 GiB
 
 # Where a mixin stands in front of it, anomalib's module is what self is.
 _Base = AnomalibModule if TYPE_CHECKING else ExportMixin
@@ -46,18 +56,27 @@ class FoldedExport(_Base):
             export_root: Folder; the file lies in ``weights/onnx`` below it.
             model_file_name: Name of the file without its suffix.
             input_size: Height and width of the images; ``None`` takes images of any size.
-            **kwargs: More arguments of :func:`torch.onnx.export`.
+            **kwargs: More arguments of :func:`torch.onnx.export`; and ``batch``, images at a time, by default 1,
+                ``None`` for any number.
 
         Returns:
             The file's path.
         """
         self.check_exportable()
-        # What the exporter writes by itself; an older version would be asked of it in vain.
-        kwargs = {"opset_version": 18, "verbose": False, "dynamic_shapes": free_dimensions(input_size), **kwargs}
+        batch = kwargs.pop("batch", 1)
+        graph = InferenceGraph(self, input_size)
+        size = sum(value.nbytes for value in graph.state_dict().values())
+        defaults = {
+            "opset_version": 18,  # what the exporter writes by itself; an older version would be asked of it in vain
+            "verbose": False,
+            "dynamic_shapes": free_dimensions(input_size, batch),
+            "external_data": size > _ONE_FILE,
+        }
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
-            written = InferenceGraph(self, input_size).to_onnx(partial, model_file_name, input_size, **kwargs)
-            note_in_onnx(written, self._notes())
+            written = graph.to_onnx(partial, model_file_name, input_size, **{**defaults, **kwargs})
+            info = model_info(self._bits(), input_size, takes_bytes=False)
+            note_in_onnx(written, {**self._notes(), **{f"model_info {name}": value for name, value in info.items()}})
         return path
 
     def to_openvino(
@@ -85,8 +104,10 @@ class FoldedExport(_Base):
             metric: anomalib metric for INT8_ACQ; by default the image F1 score.
             task: Ignored; results are images' and pixels' alike.
             max_drop: How much of the metric INT8_ACQ may lose.
-            ov_kwargs: More arguments of :func:`openvino.convert_model`.
-            onnx_kwargs: Ignored; nothing goes through ONNX.
+            ov_kwargs: More arguments of :func:`openvino.convert_model`; and ``batch``, images at a time, by default 1,
+                ``None`` for any number; and ``camera_bytes``, by which the file takes ``(B, H, W, 3)``, bytes, blue
+                first (16-bit values of a camera with more bits), in place of ``(B, 3, H, W)`` between 0 and 1.
+            onnx_kwargs: Nothing goes through ONNX; ``batch`` and ``camera_bytes`` may stand here, too.
 
         Returns:
             The .xml file's path.
@@ -94,16 +115,26 @@ class FoldedExport(_Base):
         Raises:
             CflowError: If the model is not trained, or data are needed and not given.
         """
-        del task, onnx_kwargs
+        del task
         self.check_exportable()
+        arguments = {**(ov_kwargs or {})}
+        options = {**arguments, **(onnx_kwargs or {})}  # the command line has the latter alone
+        batch, camera_bytes = options.get("batch", 1), bool(options.get("camera_bytes", False))
+        for name in ("batch", "camera_bytes"):
+            arguments.pop(name, None)
         kind = None if compression_type is None else CompressionType(compression_type)
         if kind is not None:
             check_data(kind, datamodule)  # before the slow conversion
-        model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
+        model = convert_to_openvino(self, input_size, **arguments)
         if kind is not None:
             model = compress(model, kind, datamodule, metric, max_drop)
+        model = take_bytes(model, self._bits()) if camera_bytes else model
+        if "input" not in arguments:
+            fix_batch(model, batch)
         for key, value in self._notes().items():
             model.set_rt_info(value, key)
+        for name, value in model_info(self._bits(), input_size, camera_bytes).items():
+            model.set_rt_info(value, ["model_info", name])
         path = _folder(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
         with atomic_folder(path.parent, last=path.name) as partial:
             openvino.save_model(model, partial / path.name, compress_to_fp16=kind == CompressionType.FP16)
@@ -136,10 +167,14 @@ class FoldedExport(_Base):
         if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal:
             self.post_processor.check_calibrated()
 
+    def _bits(self) -> int:
+        """Bits of a value in the images."""
+        bits = self.pre_processor.bits if isinstance(self.pre_processor, CflowPreProcessor) else None
+        return bits or 8
+
     def _notes(self) -> dict[str, str]:
         """What a file says of images and scores: the bits of a value, and the reference images' normalised scores."""
-        bits = self.pre_processor.bits if isinstance(self.pre_processor, CflowPreProcessor) else None
-        notes = {BITS: str(bits or 8)}
+        notes = {BITS: str(self._bits())}
         if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_calibrated:
             notes[KEY] = json.dumps(self.post_processor.normalized_reference_scores.tolist())
         return notes
