@@ -22,6 +22,7 @@ from cflow_plugin.deploy.graph import (
     fix_batch,
     free_dimensions,
     note_in_onnx,
+    settle_onnx,
     take_bytes,
 )
 from cflow_plugin.deploy.model_info import model_info
@@ -72,9 +73,12 @@ class FoldedExport(_Base):
             "dynamic_shapes": free_dimensions(input_size, batch),
             "external_data": size > _ONE_FILE,
         }
+        options = {**defaults, **kwargs}
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
-            written = graph.to_onnx(partial, model_file_name, input_size, **{**defaults, **kwargs})
+            written = graph.to_onnx(partial, model_file_name, input_size, **options)
+            if not options["external_data"]:  # of several files the graph's own would no longer find the weights
+                settle_onnx(written)
             info = model_info(self._bits(), input_size, takes_bytes=False)
             note_in_onnx(written, {**self._notes(), **{f"model_info {name}": value for name, value in info.items()}})
         return path

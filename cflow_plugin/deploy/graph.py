@@ -1,6 +1,14 @@
 """A trained model as an ONNX or OpenVINO graph, pre- and post-processing included."""
 
-__all__ = ["InferenceGraph", "convert_to_openvino", "fix_batch", "free_dimensions", "note_in_onnx", "take_bytes"]
+__all__ = [
+    "InferenceGraph",
+    "convert_to_openvino",
+    "fix_batch",
+    "free_dimensions",
+    "note_in_onnx",
+    "settle_onnx",
+    "take_bytes",
+]
 
 import logging
 from collections.abc import Mapping
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from cflow_plugin.model.torch_model import CflowModel
 
 logger = logging.getLogger(__name__)
+
+_SMALL = 64  # numbers in what may be computed beforehand: settings, and no weights
 
 
 class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]  as in anomalib's own modules
@@ -172,6 +182,41 @@ def fix_batch(model: ov.Model, batch: int | None) -> None:
     shape = model.input(0).partial_shape
     shape[0] = ov.Dimension() if batch is None else batch
     model.reshape(shape)
+
+
+def settle_onnx(path: Path) -> None:
+    """Take choices out of an ONNX file that are made already, such as whether there is a range to normalise by.
+
+    A runtime that takes them out itself may leave an output with two names, and then OpenVINO's users, anomalib's
+    inferencer among them, find it by either.
+
+    Args:
+        path: The file.
+    """
+    from onnxscript import ir, optimizer  # they take their time, and only ONNX needs them
+
+    def is_settled(node: ir.Node) -> bool | None:
+        return True if all(value is None or value.const_value is not None for value in node.inputs) else None
+
+    model = ir.load(path)
+    graph = model.graph
+    optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=is_settled)
+    for node in [node for node in graph if node.op_type == "Where"]:
+        inputs, result = node.inputs, node.outputs[0]
+        condition = None if inputs[0] is None else ir.convenience.get_const_tensor(inputs[0])
+        if condition is None or condition.size != 1:
+            continue
+        chosen = inputs[1 if condition.numpy().item() else 2]
+        if chosen is None or chosen.producer() is None or chosen.is_graph_output():
+            continue
+        for place, output in enumerate(graph.outputs):
+            if output is result:
+                graph.outputs[place] = chosen
+                result.name, chosen.name = f"{result.name}_before", result.name
+        ir.convenience.replace_all_uses_with(result, chosen)
+    optimizer.remove_unused_nodes(model)
+    with atomic_file(path) as partial:
+        ir.save(model, partial)
 
 
 def note_in_onnx(path: Path, notes: Mapping[str, str]) -> None:
