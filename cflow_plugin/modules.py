@@ -1,6 +1,6 @@
-"""What torch's modules lack: lists that know what is in them, buffers never rounded, and buffers of any shape."""
+"""What torch lacks: lists that know their modules, buffers of any shape or never rounded, doubles everywhere."""
 
-__all__ = ["FullPrecision", "ModuleListOf", "take_shapes_from_checkpoints"]
+__all__ = ["FullPrecision", "ModuleListOf", "as_on", "in_double", "take_shapes_from_checkpoints"]
 
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +42,28 @@ class FullPrecision(nn.Module):
             if applied.is_floating_point() and applied.itemsize < min(buffer.itemsize, torch.float32.itemsize):
                 setattr(self, name, buffer.to(applied.device))
         return self
+
+
+def in_double(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in double precision: where it is, or on the CPU if its device has none, as Apple's have not.
+
+    Args:
+        tensor: Any tensor.
+    """
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
+
+
+def as_on(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor in the number format and on the device of another one.
+
+    Args:
+        tensor: Any tensor.
+        like: The other one.
+    """
+    return tensor.to(like.dtype).to(like.device)  # in this order: the device may lack the format
 
 
 def take_shapes_from_checkpoints(module: nn.Module, with_dtypes: bool = False) -> None:

@@ -10,7 +10,6 @@ import functools
 import gc
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -111,7 +110,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if warm_process.cache_info().currsize:
         warm_process().close()
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        from cflow_plugin.commands.machine import peak_resident_bytes
+
+        session.config.workeroutput["peak_memory"] = peak_resident_bytes() / 2**30
 
 
 @pytest.hookimpl(optionalhook=True)

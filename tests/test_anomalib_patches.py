@@ -3,6 +3,7 @@
 ``startup.py`` has test_startup.py to itself.
 """
 
+import errno
 import importlib.util
 import logging
 import os
@@ -174,6 +175,19 @@ def test_the_same_words_of_others_are_not_explained():
     with pytest.raises(ValueError, match="Found 0 ") as caught:
         raise ValueError("Found 0 coins in my pocket")
     assert explain(caught.value) is None
+
+
+@pytest.mark.parametrize("may_be_read", [True, False])
+def test_what_may_not_be_read_is_no_place_to_write(may_be_read, tmp_path, monkeypatch):
+    file = tmp_path / "0.png"
+    file.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK or may_be_read or path != str(file))
+    sentence = explain(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file)))
+    assert sentence.startswith(f"{file}: Permission denied.")
+    assert ("read it" in sentence) == (not may_be_read)
+    assert ("--default_root_dir" in sentence) == may_be_read
+    sentence = explain(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "new/0.png")))
+    assert "--default_root_dir" in sentence
 
 
 @pytest.mark.parametrize("loaded", [True, False])

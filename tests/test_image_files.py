@@ -16,6 +16,7 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image as anomalib_read_image
 from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
+from tifffile import imwrite
 
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.commands.score import score
@@ -85,10 +86,11 @@ def enormous(path: Path) -> None:
 
 GREY = np.linspace(0, 60_000, 64 * 64).reshape(64, 64)
 REFUSED = {
-    "16 bits.png": (save(Image.fromarray(GREY.astype(np.uint16))), "more than 8 bits"),
-    "16 bits.tif": (save(Image.fromarray(GREY.astype(np.uint16))), "more than 8 bits"),
-    "32 bits.tif": (save(Image.fromarray(GREY.astype(np.int32))), "more than 8 bits"),
-    "with NaN.tif": (save(Image.fromarray(np.full((64, 64), np.nan, np.float32))), "more than 8 bits"),
+    "16 bits beside 8.png": (save(Image.fromarray(GREY.astype(np.uint16))), "more than 8 bits"),
+    "16 bits beside 8.tif": (save(Image.fromarray(GREY.astype(np.uint16))), "more than 8 bits"),
+    "white is 0.tif": (lambda path: imwrite(path, GREY.astype(np.uint16), photometric="miniswhite"), "white as 0"),
+    "32 bits.tif": (save(Image.fromarray(GREY.astype(np.int32))), "32 bits"),
+    "with NaN.tif": (save(Image.fromarray(np.full((64, 64), np.nan, np.float32))), "decimal point"),
     "text.png": (lambda path: path.write_text("hello"), "no known image format"),
     "empty.png": (lambda path: path.write_bytes(b""), "the file is empty"),
     "enormous.png": (enormous, "million pixels"),

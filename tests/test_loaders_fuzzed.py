@@ -17,7 +17,8 @@ from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.commands.import_checkpoint import import_checkpoint
 from cflow_plugin.commands.watch.timeline import read_truth
 from cflow_plugin.data.textures import draw
-from cflow_plugin.decisions.reference_scores import read_reference_scores, read_scores
+from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.decisions.score_tables import read_scores
 from cflow_plugin.images.reading import read_image, unreadable
 from cflow_plugin.model.weights import read_weights
 from cflow_plugin.training.checkpoints import CheckpointFiles

@@ -3,11 +3,14 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binomtest, kstest
 
 from cflow_plugin import CflowError
 from cflow_plugin.commands.monitor import ExchangeabilityTest, monitor
+from cflow_plugin.decisions.conformal import p_values
+from cflow_plugin.decisions.score_tables import read_history, read_scores
 
 from .conftest import run_command
 
@@ -186,3 +189,111 @@ def test_what_cannot_be_compared(tmp_path, export):
     without = export(None)
     with pytest.raises(CflowError, match="target_false_alarm_rate"):
         monitor(good, without, output=tmp_path / "out")
+
+
+# Tables of a line's life
+
+
+def watched(path, scores, reference=None, start=0):
+    """A table as watch writes it."""
+    table = pd.DataFrame({"image": [f"{start + index}.png" for index in range(len(scores))], "score": scores})
+    if reference is not None:
+        table["p_value"] = p_values(scores, np.sort(reference))
+    table.to_csv(path, index=False, float_format="%.6f", lineterminator="\r\n")
+    return path
+
+
+@pytest.mark.parametrize("cut", range(1, 22))
+def test_a_live_table_wherever_it_is_cut(tmp_path, cut):
+    """What is read of a table that is being written is always the beginning of what it becomes."""
+    whole = watched(tmp_path / "scores.csv", [0.123456, 0.654321], [0.1, 0.3])
+    full = read_scores(whole)
+    whole.write_bytes(whole.read_bytes()[:-cut])
+    found = read_scores(whole, may_be_empty=True)
+    assert len(found.scores) in {0, 1}
+    np.testing.assert_array_equal(found.scores, full.scores[: len(found.scores)])
+
+
+def test_a_name_is_cut_within_a_letter(tmp_path):
+    (tmp_path / "scores.csv").write_bytes("image,score\na.png,0.5\nö".encode()[:-1])
+    assert read_scores(tmp_path / "scores.csv").names == ["a.png"]
+
+
+def test_the_tables_of_score(tmp_path):
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    names = [f"/line/{number}.png" for number in range(12)]
+    for part, rows in (("b", slice(0, 6)), ("a", slice(6, 12))):  # files are named by a hash, and in no order
+        scores = [None if name == "/line/3.png" else float(name[6:-4]) / 20 for name in names[rows]]
+        pd.DataFrame({"path": names[rows], "score": scores, "error": None}).to_parquet(folder / f"part-{part}.parquet")
+    found = read_scores(folder)
+    assert found.names == [name for name in names if name != "/line/3.png"]
+    np.testing.assert_allclose(found.scores, [n / 20 for n in range(12) if n != 3])
+    assert read_history([folder]).names == read_scores(folder).names
+    (folder / "part-a.parquet").write_bytes(b"nothing")
+    with pytest.raises(CflowError, match="could not be read as Parquet"):
+        read_scores(folder)
+
+
+def test_the_folder_of_watch_is_one_history(tmp_path):
+    generator = np.random.default_rng(5)
+    reference = np.round(generator.normal(0.3, 0.05, 60), 6)
+    stream = np.round([*generator.normal(0.3, 0.05, 50), *generator.normal(0.36, 0.05, 50)], 6)
+    good = watched(tmp_path / "good.csv", reference)
+    line = tmp_path / "line"
+    line.mkdir()
+    parts = ("scores_2026-05-01_10-00-00-0.csv", "scores_2026-05-02_10-00-00-0.csv", "scores.csv")
+    for name, rows in zip(parts, np.split(np.arange(100), [30, 70]), strict=True):
+        watched(line / name, stream[rows], reference, start=rows[0])
+    whole = watched(tmp_path / "whole.csv", stream, reference)
+    verdicts = []
+    for recent in (line, whole, [line / name for name in parts]):
+        with pytest.raises(SystemExit) as ended:
+            monitor(recent, good, output=tmp_path / "out")
+        assert ended.value.code == 3
+        verdicts.append(json.loads((tmp_path / "out/monitor.json").read_text()))
+    assert verdicts[0] == verdicts[1] == verdicts[2]
+    assert 50 < verdicts[0]["alarm_after_images"] < 100
+
+
+def test_a_table_of_another_model(tmp_path, caplog):
+    generator = np.random.default_rng(6)
+    reference, other = generator.normal(0.3, 0.05, 60), generator.normal(0.5, 0.1, 60)
+    good = watched(tmp_path / "good.csv", reference)
+    line = tmp_path / "line"
+    line.mkdir()
+    before = watched(line / "scores_2025.csv", generator.normal(0.5, 0.1, 40), other)
+    watched(line / "scores.csv", generator.normal(0.3, 0.05, 40), reference)
+    monitor(line, good, output=tmp_path / "out")
+    assert "scores_2025.csv holds scores of another model" in caplog.text
+    assert json.loads((tmp_path / "out/monitor.json").read_text())["images"] == 40
+    with pytest.raises(CflowError, match=r"scores_2025\.csv holds scores of another model"):
+        monitor([before], good, output=tmp_path / "out")
+
+
+@pytest.mark.long
+def test_the_rate_holds_for_the_whole_history_and_not_for_each_table(tmp_path):
+    """Twenty tables each tested by itself raise far more false alarms than their history tested as one."""
+    generator = np.random.default_rng(7)
+    lives, tables, error_rate = 120, 20, 0.2
+    whole = alone = 0
+    for life in range(lives):
+        scores = generator.gamma(2, 0.1, 30 + 20 * tables)
+        parts = np.split(scores[30:], tables)
+        limit = -math.log(error_rate)
+        whole += capital_of(scores[:30], scores[30:], life) >= limit
+        alone += any(capital_of(scores[:30], part, life) >= limit for part in parts)
+    assert binomtest(whole, lives, error_rate, alternative="greater").pvalue > 1e-3
+    assert binomtest(alone, lives, error_rate, alternative="greater").pvalue < 1e-3
+
+
+def test_going_on_changes_nothing_that_was_said():
+    """The command may be repeated while the history grows: its evidence so far stays what it was."""
+    generator = np.random.default_rng(8)
+    reference, stream = np.round(generator.random(20), 1), np.round(generator.random(40), 1)  # with ties
+    evidence = []
+    for length in (10, 25, 40):
+        test = ExchangeabilityTest(reference, seed=0)
+        evidence.append([(test.update(score), test.log_capital) for score in stream[:length]])
+    assert evidence[0] == evidence[2][:10]
+    assert evidence[1] == evidence[2][:25]

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
@@ -145,6 +147,36 @@ def test_a_camera_that_is_lost(exported, tmp_path, monkeypatch):
         watch(exported, "7", tmp_path / "out")
     assert len(read_scores(tmp_path / "out")) == 5
     assert (tmp_path / "out/score_over_time.png").is_file()
+
+
+def test_streams(exported, tmp_path):
+    """A film from a web server has an end, and the same scores as the file; an address that leads nowhere is named."""
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 60))
+    for shade in range(5):
+        writer.write(np.full((60, 80, 3), 40 * shade, np.uint8))
+    writer.release()
+    watch(exported, str(film), tmp_path / "file", overlays=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    address = f"127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        watch(exported, f"http://{address}/film.avi", tmp_path / "stream", overlays=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+    stream, file = (read_scores(tmp_path / name) for name in ("stream", "file"))
+    assert [(row["time"], row["score"]) for row in stream.values()] == [
+        (row["time"], row["score"]) for row in file.values()
+    ]
+    with pytest.raises(CflowError, match=r"http://…@127\S+ as a stream could not be opened: check") as caught:
+        watch(exported, f"http://user:secret@{address}/film.avi", tmp_path / "out", overlays=False)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_device_node_is_a_camera(exported, tmp_path):
+    with pytest.raises(CflowError, match="camera /dev/null could not be opened"):
+        watch(exported, "/dev/null", tmp_path / "out")
 
 
 def test_a_video_that_is_cut_off(exported, tmp_path, caplog):

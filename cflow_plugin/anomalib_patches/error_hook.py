@@ -33,6 +33,8 @@ _UNWRITABLE = {
     errno.EPERM: _ELSEWHERE,
 }
 
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+
 # What anomalib says where images are missing, and what it means.
 _OF_ANOMALIB = {
     "Path does not exist: ": "{error}. Check --data.root and the folders that are named below it.",
@@ -70,8 +72,15 @@ def explain(error: BaseException) -> str | None:
             return sentence.format(error=" ".join(str(error).split()))
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         reason = os.strerror(error.errno)
+        if error.errno in _FORBIDDEN and _cannot_be_read(error.filename):
+            return f"{error.filename}: {reason}. Let the user that runs this read it, or name other data."
         return f"{f'{error.filename}: {reason}' if error.filename else reason}. {_UNWRITABLE[error.errno]}"
     return None
+
+
+def _cannot_be_read(path: str | bytes | int | None) -> bool:
+    """Whether a file or folder is there and may not be read."""
+    return isinstance(path, str | bytes) and os.path.lexists(path) and not os.access(path, os.R_OK)
 
 
 def _was_raised_by(package: str, error: BaseException) -> bool:

@@ -14,7 +14,8 @@ from rich.progress import track
 
 from cflow_plugin.commands.watch import watch
 from cflow_plugin.decisions.exchangeability import ExchangeabilityTest
-from cflow_plugin.decisions.reference_scores import read_reference_scores, read_scores
+from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.decisions.score_tables import History, is_history, read_history, read_scores
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 
@@ -24,7 +25,7 @@ _CHANGED = 3  # exit code; 1 is an error's, 2 a wrong command line's
 
 
 def monitor(
-    recent: Path,
+    recent: Path | list[Path],
     reference: Path,
     error_rate: float = 0.01,
     output: Path = Path("results/monitor"),
@@ -38,12 +39,16 @@ def monitor(
     resemble each other, which looks like a change as well: give frames that are far apart.
 
     Args:
-        recent: Table of recent scores, oldest first: the scores.csv of `cflow-plugin watch`, or any .csv with a column
-            "score". A folder of images, too, if the reference is an exported model; they go through it by name.
+        recent: Table of scores, oldest first: the scores.csv of `cflow-plugin watch` (also while it is being written),
+            any .csv with a column "score", or the folder that `cflow-plugin score` wrote (images then come in the
+            order of their names). Several tables are one history, oldest first: --recent '[may.csv, june.csv]'; the
+            output folder of `watch` is the history of all its tables. A folder of images, too, if the reference is an
+            exported model; they go through it by name.
         reference: What the good parts' scores were: an exported model (.xml, .onnx) or checkpoint (.ckpt) trained with
-            target_false_alarm_rate, or a .csv of the same model's scores of other good parts.
-        error_rate: Highest probability of a false alarm, over the whole sequence: however long it is, and however often
-            the command is repeated while the sequence grows.
+            target_false_alarm_rate, or a table of the same model's scores of other good parts.
+        error_rate: Highest probability of a false alarm, over the whole history: however long it is, and however often
+            the command is repeated while it grows. So give the whole history since the model was put to use; with the
+            newest table alone, the probability is each table's.
         output: Folder for the results: monitor.json (the verdict; the exit code is 3 if something has changed, 0 if
             not), monitor.csv (each image's p-value and the evidence so far) and monitor.png (both as a plot).
         seed: Seed that breaks ties between equal scores.
@@ -58,7 +63,7 @@ def monitor(
             "a table of good parts' scores (--reference scores.csv), as `cflow-plugin watch` writes it."
         )
         raise CflowError(message)
-    names, scores = _recent_scores(recent, reference)
+    names, scores, _ = _recent_scores([recent] if isinstance(recent, Path) else recent, reference, expected)
     test = ExchangeabilityTest(expected, seed)
     p_values, evidence = [], []
     for score in track(scores, "Comparing", transient=True):
@@ -84,14 +89,18 @@ def monitor(
         raise SystemExit(_CHANGED)
 
 
-def _recent_scores(recent: Path, reference: Path) -> tuple[list[str], np.ndarray]:
-    if not recent.is_dir():
-        return read_scores(recent)
+def _recent_scores(recent: list[Path], reference: Path, expected: np.ndarray) -> History:
+    images = [source for source in recent if source.is_dir() and not is_history(source)]
+    if not images:
+        return read_history(recent, expected)
+    if len(recent) > 1:
+        message = f"{images[0]} holds no table of scores: give tables, or one folder of images alone."
+        raise CflowError(message)
     if reference.suffix.lower() not in {".xml", ".onnx"}:
-        message = f"To score the images in {recent} an exported model is needed: --reference model.xml."
+        message = f"To score the images in {images[0]} an exported model is needed: --reference model.xml."
         raise CflowError(message)
     with tempfile.TemporaryDirectory() as folder:
-        watch(reference, str(recent), Path(folder), overlays=False)
+        watch(reference, str(images[0]), Path(folder), overlays=False)
         return read_scores(Path(folder) / "scores.csv")
 
 

@@ -1,9 +1,10 @@
 """Thresholds and p-values from the scores of normal reference images (split conformal prediction)."""
 
-__all__ = ["check_enough", "images_needed", "p_values", "threshold_rank"]
+__all__ = ["check_enough", "images_needed", "p_value_of_rank", "p_values", "threshold_rank"]
 
 from fractions import Fraction
 from math import ceil, floor
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,7 +77,7 @@ def p_values(scores: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
 
     Args:
         scores: Any shape.
-        reference: Scores of the reference images in ascending order, ``(n,)``, in the number format of ``scores``.
+        reference: Scores of the reference images in ascending order, ``(n,)``.
 
     Returns:
         p-values between ``1 / (n + 1)`` and 1, shaped as ``scores``, in double precision: in single precision 1 / 20
@@ -86,8 +87,26 @@ def p_values(scores: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
         >>> p_values([0.1, 0.5, 0.9], [0.2, 0.4, 0.6, 0.8])
         array([1. , 0.6, 0.2])
     """
-    images = len(np.asarray(reference))
-    return (1 + images - np.searchsorted(reference, scores)) / (images + 1)
+    reference, scores = np.asarray(reference, np.float64), np.asarray(scores, np.float64)
+    not_below = len(reference) - np.searchsorted(reference, scores)
+    return p_value_of_rank(not_below, 0, len(reference))
+
+
+def p_value_of_rank(higher: Any, equal: Any, images: int, share_of_ties: float = 1.0) -> Any:
+    """The p-value of a score, by how many reference scores are higher: the one formula for all p-values.
+
+    Args:
+        higher: How many reference scores are higher; a number or an array.
+        equal: How many are equal.
+        images: How many there are.
+        share_of_ties: What of the ties, the score itself among them, counts as higher. 1 is on the safe side. Drawn at
+            random between 0 and 1, it makes the p-values of exchangeable scores exactly uniform.
+
+    Example:
+        >>> p_value_of_rank(higher=0, equal=0, images=19)
+        0.05
+    """
+    return (higher + share_of_ties * (equal + 1)) / (images + 1)
 
 
 def _exact(rate: float) -> Fraction:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from cflow_plugin.decisions.conformal import p_value_of_rank
+
 # Bets are 1 + s L(p) with L a Legendre polynomial on [0, 1]: the first sees scores shift, the second spread or narrow.
 _STRENGTHS = np.array([-1.0, -0.5, 0.5, 1.0])
 
@@ -52,8 +54,8 @@ class ExchangeabilityTest:
             Its p-value among all so far: small for a score that is higher than most.
         """
         low, high = bisect.bisect_left(self._seen, score), bisect.bisect_right(self._seen, score)
-        ties = high - low + 1  # itself among them
-        p = (len(self._seen) - high + ties * self._generator.random()) / (len(self._seen) + 1)
+        seen = len(self._seen)
+        p = p_value_of_rank(seen - high, high - low, seen, self._generator.random())
         self._seen.insert(high, float(score))
         self._steps += 1
         fresh = -math.log(self._steps * (self._steps + 1) * len(self._log_stakes))

@@ -1,15 +1,14 @@
 """The reference images' scores, as exported files, checkpoints and tables carry them."""
 
-__all__ = ["DECISIONS_KEY", "KEY", "read_reference_scores", "read_scores"]
+__all__ = ["DECISIONS_KEY", "KEY", "read_reference_scores"]
 
-import csv
 import json
-import math
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
+from cflow_plugin.decisions.score_tables import read_scores
 from cflow_plugin.errors import CflowError
 
 KEY = "cflow_plugin_reference_scores"
@@ -23,8 +22,8 @@ def read_reference_scores(path: Path) -> np.ndarray | None:
     """Read the reference images' scores.
 
     Args:
-        path: An exported model (.xml, .onnx), a checkpoint (.ckpt), or a table of good parts' scores (.csv) as
-            ``cflow-plugin watch`` writes it.
+        path: An exported model (.xml, .onnx), a checkpoint (.ckpt), or a table of good parts' scores (.csv, .parquet,
+            or a folder of these) as ``cflow-plugin watch`` and ``score`` write it.
 
     Returns:
         Scores as the model gives them, ascending, ``(n,)``, or ``None`` where the model was trained without a
@@ -35,11 +34,11 @@ def read_reference_scores(path: Path) -> np.ndarray | None:
     """
     readers = {".xml": _from_openvino, ".onnx": _from_onnx, ".ckpt": _from_checkpoint}
     suffix = path.suffix.lower()
-    if not path.is_file():
+    if not path.exists():
         message = f"There is no file {path}."
         raise CflowError(message)
-    if suffix == ".csv":
-        return np.sort(read_scores(path)[1])
+    if suffix in {".csv", ".parquet"} or path.is_dir():
+        return np.sort(read_scores(path).scores)
     if suffix not in readers:
         message = f"{path} is no exported model (.xml, .onnx), checkpoint (.ckpt) or table of scores (.csv)."
         raise CflowError(message)
@@ -78,38 +77,3 @@ def _from_checkpoint(path: Path) -> list[float] | None:
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     )
     return post_processor.normalized_reference_scores.tolist()
-
-
-def read_scores(path: Path) -> tuple[list[str], np.ndarray]:
-    """Read a table of scores.
-
-    Args:
-        path: A table with a column ``score`` and, if there is one, a column ``image``.
-
-    Returns:
-        The images' names (their numbers, where there are none), and their scores ``(N,)``, in the table's order.
-
-    Raises:
-        CflowError: If the table cannot be read or holds no scores.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        message = f"{path} could not be read as a table of scores ({error})."
-        raise CflowError(message) from error
-    names, scores = [], []
-    for number, row in enumerate(rows, start=2):
-        try:
-            score = float(row["score"])
-        except (KeyError, TypeError, ValueError):
-            score = math.nan
-        if not math.isfinite(score):
-            message = f"Line {number} of {path} has no finite number in a column 'score'."
-            raise CflowError(message)
-        names.append(row.get("image") or str(number - 2))
-        scores.append(score)
-    if not scores:
-        message = f"There is no score in {path}."
-        raise CflowError(message)
-    return names, np.array(scores)

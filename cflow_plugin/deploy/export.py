@@ -21,15 +21,23 @@ from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
 from cflow_plugin.deploy.graph import (
     InferenceGraph,
     convert_to_openvino,
+    fix_batch,
     free_dimensions,
     note_in_onnx,
+    settle_onnx,
+    take_bytes,
     with_decisions,
 )
+from cflow_plugin.deploy.model_info import model_info
 from cflow_plugin.deploy.quantization import check_data, compress
+from cflow_plugin.deploy.runtime import BITS
 from cflow_plugin.deploy.thresholds import threshold_images, thresholds_of
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
+from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.torch_model import CflowModel
+
+_ONE_FILE = 1_900_000_000  # bytes; an ONNX file ends at 2 GiB
 
 # Where a mixin stands in front of it, anomalib's module is what self is.
 _Base = AnomalibModule if TYPE_CHECKING else ExportMixin
@@ -54,18 +62,31 @@ class FoldedExport(_Base):
             export_root: Folder; the file lies in ``weights/onnx`` below it.
             model_file_name: Name of the file without its suffix.
             input_size: Height and width of the images; ``None`` takes images of any size.
-            **kwargs: More arguments of :func:`torch.onnx.export`.
+            **kwargs: More arguments of :func:`torch.onnx.export`; and ``batch``, images at a time, by default 1,
+                ``None`` for any number.
 
         Returns:
             The file's path.
         """
         self.check_exportable()
-        # What the exporter writes by itself; an older version would be asked of it in vain.
-        kwargs = {"opset_version": 18, "verbose": False, "dynamic_shapes": free_dimensions(input_size), **kwargs}
+        batch = kwargs.pop("batch", 1)
+        graph = InferenceGraph(self, input_size)
+        size = sum(value.nbytes for value in graph.state_dict().values())
+        defaults = {
+            "opset_version": 18,  # what the exporter writes by itself; an older version would be asked of it in vain
+            "verbose": False,
+            "dynamic_shapes": free_dimensions(input_size, batch),
+            "external_data": size > _ONE_FILE,
+        }
+        options = {**defaults, **kwargs}
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
-            written = InferenceGraph(self, input_size).to_onnx(partial, model_file_name, input_size, **kwargs)
-            note_in_onnx(written, _notes(self.post_processor))
+            written = graph.to_onnx(partial, model_file_name, input_size, **options)
+            if not options["external_data"]:  # of several files the graph's own would no longer find the weights
+                settle_onnx(written)
+            info = model_info(self._bits(), input_size, takes_bytes=False)
+            notes = self._notes(self.post_processor)
+            note_in_onnx(written, {**notes, **{f"model_info {name}": value for name, value in info.items()}})
         return path
 
     def to_openvino(
@@ -95,8 +116,10 @@ class FoldedExport(_Base):
             metric: anomalib metric for INT8_ACQ; by default the image F1 score.
             task: Ignored; results are images' and pixels' alike.
             max_drop: How much of the metric INT8_ACQ may lose.
-            ov_kwargs: More arguments of :func:`openvino.convert_model`.
-            onnx_kwargs: Ignored; nothing goes through ONNX.
+            ov_kwargs: More arguments of :func:`openvino.convert_model`; and ``batch``, images at a time, by default 1,
+                ``None`` for any number; and ``camera_bytes``, by which the file takes ``(B, H, W, 3)``, bytes, blue
+                first (16-bit values of a camera with more bits), in place of ``(B, 3, H, W)`` between 0 and 1.
+            onnx_kwargs: Nothing goes through ONNX; ``batch`` and ``camera_bytes`` may stand here, too.
 
         Returns:
             The .xml file's path.
@@ -104,23 +127,33 @@ class FoldedExport(_Base):
         Raises:
             CflowError: If the model is not trained, or data are needed and not given.
         """
-        del task, onnx_kwargs
+        del task
         self.check_exportable()
+        arguments = {**(ov_kwargs or {})}
+        options = {**arguments, **(onnx_kwargs or {})}  # the command line has the latter alone
+        batch, camera_bytes = options.get("batch", 1), bool(options.get("camera_bytes", False))
+        for name in ("batch", "camera_bytes"):
+            arguments.pop(name, None)
         kind = None if compression_type is None else CompressionType(compression_type)
         if kind is not None:
             check_data(kind, datamodule)  # before the slow conversion
         post_processor, images = self.post_processor, None
         if kind is not None:
             images = threshold_images(self, datamodule)
-        model = convert_to_openvino(self, input_size, **(ov_kwargs or {}))
+        model = convert_to_openvino(self, input_size, **arguments)
         if kind is not None:
             files = self.reference.files
             model = compress(model, kind, datamodule, metric, max_drop, post_processor, leave_out=files)
         if images is not None:
             post_processor = thresholds_of(model, self, images)
         model = with_decisions(model, post_processor)
-        for key, value in _notes(post_processor).items():
+        model = take_bytes(model, self._bits()) if camera_bytes else model
+        if "input" not in arguments:
+            fix_batch(model, batch)
+        for key, value in self._notes(post_processor).items():
             model.set_rt_info(value, key)
+        for name, value in model_info(self._bits(), input_size, camera_bytes).items():
+            model.set_rt_info(value, ["model_info", name])
         path = _folder(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
         with atomic_folder(path.parent, last=path.name) as partial:
             openvino.save_model(model, partial / path.name, compress_to_fp16=False)  # of thresholds no digit is lost
@@ -153,15 +186,19 @@ class FoldedExport(_Base):
         if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal:
             self.post_processor.check_calibrated()
 
+    def _bits(self) -> int:
+        """Bits of a value in the images."""
+        bits = self.pre_processor.bits if isinstance(self.pre_processor, CflowPreProcessor) else None
+        return bits or 8
 
-def _notes(post_processor: nn.Module | None) -> dict[str, str]:
-    """What a file says of its decisions, and the reference images' scores, normalised as the file's own scores are."""
-    if not isinstance(post_processor, ConformalPostProcessor):
-        return {}
-    notes = {DECISIONS_KEY: post_processor.describe()}
-    if post_processor.is_calibrated:
-        notes[KEY] = json.dumps(post_processor.normalized_reference_scores.tolist())
-    return notes
+    def _notes(self, post_processor: nn.Module | None) -> dict[str, str]:
+        """What a file says of images and decisions, and the reference images' scores, normalised as its own are."""
+        notes = {BITS: str(self._bits())}
+        if isinstance(post_processor, ConformalPostProcessor):
+            notes[DECISIONS_KEY] = post_processor.describe()
+            if post_processor.is_calibrated:
+                notes[KEY] = json.dumps(post_processor.normalized_reference_scores.tolist())
+        return notes
 
 
 def _folder(export_root: Path | str, kind: ExportType) -> Path:

@@ -1,6 +1,15 @@
 """A trained model as an ONNX or OpenVINO graph, pre- and post-processing included."""
 
-__all__ = ["InferenceGraph", "convert_to_openvino", "free_dimensions", "note_in_onnx", "with_decisions"]
+__all__ = [
+    "InferenceGraph",
+    "convert_to_openvino",
+    "fix_batch",
+    "free_dimensions",
+    "note_in_onnx",
+    "settle_onnx",
+    "take_bytes",
+    "with_decisions",
+]
 
 import logging
 from collections.abc import Mapping
@@ -17,13 +26,13 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule
 from openvino import opset13 as operations
-from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 from torch import nn
-from torch.nn import functional
-from torchvision.transforms.v2 import Compose, Resize, Transform
 
+from cflow_plugin.deploy.resizing import ExactResize, exportable
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
+from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.folded import FoldedModel
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RAW = ("pred_score", "anomaly_map")
+_SMALL = 64  # numbers in what may be computed beforehand: settings, and no weights
 
 
 class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]  as in anomalib's own modules
@@ -42,17 +52,21 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         input_size: Height and width of the images that will be given to the file, or ``None`` where they may differ.
 
     Attributes:
-        size: Height and width of the images behind the pre-processing.
+        size: Height and width of the images that the resizing, the first step of the pre-processing, leaves.
+        gain: What values are multiplied by, see :class:`~cflow_plugin.images.pre_processing.CflowPreProcessor`.
         resizes: Whether images may have another size before it. The graph's own resizing smooths as the trained model's
             does; anomalib leaves that out of what it exports.
 
     Raises:
-        CflowError: If the size of the images behind the pre-processing is not known.
+        CflowError: If that size is not known, or the pre-processing holds what a file cannot do.
     """
 
     def __init__(self, model: AnomalibModule, input_size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        size, self.transform = _split(getattr(model.pre_processor, "transform", None))
+        steps = exportable(getattr(model.pre_processor, "transform", None))
+        first = steps[0] if steps else None
+        size = first.size if isinstance(first, ExactResize) and len(first.size) == 2 else None
+        self.transform = nn.Sequential(*(steps if size is None else steps[1:]))
         if size is None and input_size is None:
             msg = "The model's pre-processing lets images keep their size; name the one to export for: --input_size."
             raise CflowError(msg)
@@ -60,26 +74,23 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         given = None if input_size is None else (input_size[0], input_size[1])
         self.size = cast("tuple[int, int]", size or given)
         self.resizes = given != self.size
+        self.resize = ExactResize(self.size)
+        pre_processor = model.pre_processor
+        self.gain = pre_processor.gain if isinstance(pre_processor, CflowPreProcessor) else 1.0
         self.post_processor = _exportable(model.post_processor)
         whole = deepcopy(cast("CflowModel", model.model)).cpu().float().eval()
-        self.model: FoldedModel = whole.folded(self.size)  # pyright: ignore[reportIncompatibleVariableOverride]
+        prepared = self.transform(torch.zeros(1, 3, *self.size))
+        self.model: FoldedModel = whole.folded((prepared.shape[-2], prepared.shape[-1]))  # pyright: ignore[reportIncompatibleVariableOverride]
         self.eval()
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Images ``(B, 3, H, W)`` with values between 0 and 1 to anomalib's results."""
         if self.resizes:
-            images = functional.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
-        result = self.model(self.transform(images) if self.transform else images)
+            images = self.resize(images)
+        if self.gain != 1:
+            images = images * self.gain
+        result = self.model(self.transform(images))
         return self.post_processor(result) if self.post_processor else result
-
-
-def _split(transform: Transform | None) -> tuple[tuple[int, int] | None, nn.Module | None]:
-    """The size that a transform begins with resizing to, and the rest of it."""
-    parts: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
-    size = parts[0].size if isinstance(parts[0], Resize) else None
-    if size is not None and len(size) == 2:
-        return (size[0], size[1]), nn.Sequential(*map(deepcopy, parts[1:]))
-    return None, deepcopy(transform)
 
 
 def _exportable(post_processor: nn.Module | None) -> nn.Module | None:
@@ -187,15 +198,80 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
     return converted
 
 
-def free_dimensions(input_size: tuple[int, int] | None) -> tuple[dict[int, Any]]:
+def free_dimensions(input_size: tuple[int, int] | None, batch: int | None = None) -> tuple[dict[int, Any]]:
     """Which dimensions of the images ``(B, 3, H, W)`` an exported graph leaves open, as torch takes them.
 
     Args:
         input_size: Height and width where they are fixed.
+        batch: Images at a time where that is fixed.
     """
-    names = {0: "batch_size"} if input_size else {0: "batch_size", 2: "height", 3: "width"}
+    names = {} if batch else {0: "batch_size"}
+    names |= {} if input_size else {2: "height", 3: "width"}
     # A bound, since torch 2.7 takes "any size" for one more than what it then checks for.
     return ({axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in names.items()},)
+
+
+def take_bytes(model: ov.Model, bits: int = 8) -> ov.Model:
+    """Let a converted model take images as cameras give them: ``(B, H, W, 3)``, blue first, in whole numbers.
+
+    Args:
+        model: What :func:`convert_to_openvino` returned.
+        bits: Bits of a value in the images: bytes for 8, and otherwise 16-bit values in the scale of their files.
+    """
+    steps = PrePostProcessor(model)
+    tensor = steps.input().tensor().set_element_type(ov.Type.u8 if bits == 8 else ov.Type.u16)
+    tensor.set_layout(ov.Layout("NHWC")).set_color_format(ColorFormat.BGR)
+    steps.input().model().set_layout(ov.Layout("NCHW"))
+    prepare = steps.input().preprocess().convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB)
+    prepare.scale(255.0 if bits == 8 else 65535.0)
+    return steps.build()
+
+
+def fix_batch(model: ov.Model, batch: int | None) -> None:
+    """Give a converted model a batch of fixed size.
+
+    Args:
+        model: The model.
+        batch: Images at a time; ``None`` leaves it open.
+    """
+    shape = model.input(0).partial_shape
+    shape[0] = ov.Dimension() if batch is None else batch
+    model.reshape(shape)
+
+
+def settle_onnx(path: Path) -> None:
+    """Take choices out of an ONNX file that are made already, such as whether there is a range to normalise by.
+
+    A runtime that takes them out itself may leave an output with two names, and then OpenVINO's users, anomalib's
+    inferencer among them, find it by either.
+
+    Args:
+        path: The file.
+    """
+    from onnxscript import ir, optimizer  # they take their time, and only ONNX needs them
+
+    def is_settled(node: ir.Node) -> bool | None:
+        return True if all(value is None or value.const_value is not None for value in node.inputs) else None
+
+    model = ir.load(path)
+    graph = model.graph
+    optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=is_settled)
+    for node in [node for node in graph if node.op_type == "Where"]:
+        inputs, result = node.inputs, node.outputs[0]
+        condition = None if inputs[0] is None else ir.convenience.get_const_tensor(inputs[0])
+        if condition is None or condition.size != 1:
+            continue
+        chosen = inputs[1 if condition.numpy().item() else 2]
+        if chosen is None or chosen.producer() is None or chosen.is_graph_output():
+            continue
+        for place, output in enumerate(graph.outputs):
+            if output is result:
+                graph.outputs[place] = chosen
+                result.name, chosen.name = f"{result.name}_before", result.name
+        ir.convenience.replace_all_uses_with(result, chosen)
+    optimizer.remove_unused_nodes(model)
+    with atomic_file(path) as partial:
+        ir.save(model, partial)
 
 
 def note_in_onnx(path: Path, notes: Mapping[str, str]) -> None:

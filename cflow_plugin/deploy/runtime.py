@@ -1,18 +1,47 @@
 """An exported model, ready for pictures as OpenCV reads them."""
 
-__all__ = ["compile_exported", "read_exported"]
+__all__ = ["BITS", "ExportedModel", "bits_of", "compile_exported", "read_exported"]
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import openvino as ov
 from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 
 from cflow_plugin.errors import CflowError
 
+BITS = "cflow_plugin_bits"
+"""Under this name an exported file has the number of bits of a value in the images that it was trained on."""
+
+
+class ExportedModel(NamedTuple):
+    """A compiled model, and what its images have to be.
+
+    Attributes:
+        compiled: Takes images as :func:`read_exported` says.
+        bits: Bits of a value in them.
+    """
+
+    compiled: ov.CompiledModel
+    bits: int
+
+    def __call__(self, inputs: Any) -> Any:
+        """Score images.
+
+        Args:
+            inputs: A list with one array ``(1, H, W, 3)``, blue first: bytes, or 16-bit values where ``bits`` is above
+                8.
+
+        Returns:
+            OpenVINO's results, by ``"pred_score"``, ``"pred_label"``, ``"anomaly_map"`` and ``"pred_mask"``.
+        """
+        return self.compiled(inputs)
+
 
 def read_exported(path: Path) -> ov.Model:
     """Read a model that takes ``(1, H, W, 3)``, bytes, blue first, of any size.
+
+    A model of images with more than 8 bits a value takes them as 16-bit values, in their files' own scale.
 
     Args:
         path: The .xml (or .onnx) file that ``anomalib export`` wrote.
@@ -45,14 +74,29 @@ def read_exported(path: Path) -> ov.Model:
     model.reshape(shape)
     steps = PrePostProcessor(model)
     tensor = steps.input().tensor()
-    tensor.set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_color_format(ColorFormat.BGR)
+    deep = bits_of(model) > 8
+    tensor.set_element_type(ov.Type.u16 if deep else ov.Type.u8).set_layout(ov.Layout("NHWC")).set_color_format(
+        ColorFormat.BGR
+    )
     steps.input().model().set_layout(ov.Layout("NCHW"))
     prepare = steps.input().preprocess()
-    prepare.convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(255.0)
+    prepare.convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(65535.0 if deep else 255.0)
     if shape[2].is_static:
         tensor.set_spatial_dynamic_shape()
         prepare.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
     return steps.build()
+
+
+def bits_of(model: ov.Model) -> int:
+    """Bits of a value in the images that a model was trained on.
+
+    Args:
+        model: An exported model, as OpenVINO reads it.
+    """
+    for place in ([BITS], ["framework", BITS]):  # of an .xml file, and of an .onnx file
+        if model.has_rt_info(place):
+            return int(model.get_rt_info(place).astype(str))
+    return 8
 
 
 def compile_exported(
@@ -61,7 +105,7 @@ def compile_exported(
     precision: str,
     hint: Literal["LATENCY", "THROUGHPUT"] = "LATENCY",
     threads: int | None = None,
-) -> ov.CompiledModel:
+) -> ExportedModel:
     """Read a model and compile it.
 
     Args:
@@ -75,4 +119,5 @@ def compile_exported(
     if threads is not None and device == "CPU":
         # Several workers on a machine would otherwise be pinned to the same first cores.
         settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-    return ov.Core().compile_model(read_exported(path), device, settings)
+    model = read_exported(path)
+    return ExportedModel(ov.Core().compile_model(model, device, settings), bits_of(model))

@@ -13,6 +13,8 @@ from FrEIA.modules import InvertibleModule
 from torch import nn
 from torch.nn import functional
 
+from cflow_plugin.modules import as_on, in_double
+
 Permutation = Literal["swap", "random", "soft"]
 _VECTORS_AT_ONCE = 65_536
 
@@ -89,8 +91,8 @@ class Whitening(InvertibleModule):
         """
         # In parts: a copy of all vectors in float64 would be twice as large as they are.
         parts = vectors.split(_VECTORS_AT_ONCE)
-        mean = reduce(torch.add, (part.double().sum(0) for part in parts)) / len(vectors)
-        centred = (part.double() - mean for part in parts)
+        mean = reduce(torch.add, (in_double(part).sum(0) for part in parts)) / len(vectors)
+        centred = (in_double(part) - mean for part in parts)
         covariance = reduce(torch.add, (part.T @ part for part in centred)) / max(1, len(vectors) - 1)
         if changes is not None:
             parts = (part.double() for part in changes.split(_VECTORS_AT_ONCE))
@@ -106,12 +108,12 @@ class Whitening(InvertibleModule):
         unpredicted = covariance[second, second] - prediction @ covariance[first, second]
         root, log_det = _inverse_root(covariance[first, first])
         other_root, other_log_det = _inverse_root(unpredicted)
-        self.mean.copy_(mean)
+        self.mean.copy_(as_on(mean, self.mean))
         self.matrix.zero_()
-        self.matrix[first, first] = root.to(self.matrix)
-        self.matrix[second, first] = (-other_root @ prediction).to(self.matrix)
-        self.matrix[second, second] = other_root.to(self.matrix)
-        self.log_det.copy_(log_det + other_log_det)
+        self.matrix[first, first] = as_on(root, self.matrix)
+        self.matrix[second, first] = as_on(-other_root @ prediction, self.matrix)
+        self.matrix[second, second] = as_on(other_root, self.matrix)
+        self.log_det.copy_(as_on(log_det + other_log_det, self.log_det))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the base class says Iterable and indexes
         self, x: Sequence[torch.Tensor], c: Sequence[torch.Tensor] = (), rev: bool = False, jac: bool = True

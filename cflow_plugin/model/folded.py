@@ -17,7 +17,7 @@ from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.model.position import positional_encoding_2d
 from cflow_plugin.model.scoring import AnomalyScoring
-from cflow_plugin.modules import ModuleListOf
+from cflow_plugin.modules import ModuleListOf, as_on, in_double
 
 
 class FoldedModel(nn.Module):
@@ -104,23 +104,23 @@ class FoldedFlow(nn.Module):
         whitening, blocks = flow.whitening, flow.blocks
         # All constants are computed in float64 and rounded once.
         kept = whitening.mean
-        gain = torch.ones(len(kept), dtype=torch.float64, device=kept.device)
+        gain = torch.ones_like(in_double(kept))
         offset = torch.zeros_like(gain)
-        log_det = whitening.log_det.double()
+        log_det = in_double(whitening.log_det)
         folded, exchanges = [], []
         for block in reversed(blocks):
-            scale = 0.1 * functional.softplus(block.global_scale[0].double(), beta=0.5)
-            shift = block.global_offset[0].double()
+            scale = 0.1 * functional.softplus(in_double(block.global_scale[0]), beta=0.5)
+            shift = in_double(block.global_offset[0])
             log_det = log_det + scale.log().sum()
             if not folded:
                 gain, offset = scale, shift
             elif block.permutation is not None:
-                inverse = block.permutation.argsort()
+                inverse = block.permutation.cpu().argsort()
                 gain, offset = gain[inverse], offset[inverse]
                 gain, offset = gain * scale, gain * shift + offset
                 exchanges.insert(0, _Exchange(block))
             elif block.rotation is not None:
-                rotation = gain[:, None] * block.rotation.double()
+                rotation = gain[:, None] * in_double(block.rotation)
                 exchanges.insert(
                     0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, kept), block.passive)
                 )
@@ -128,8 +128,8 @@ class FoldedFlow(nn.Module):
             folded.insert(0, _FoldedBlock(block, gain, offset, height, width))
             offset = torch.cat([offset[: block.passive], torch.zeros_like(offset[block.passive :])])
         self.dimensions = len(kept)
-        weight = gain[:, None] * whitening.matrix.double()
-        bias = offset - weight @ whitening.mean.double()
+        weight = gain[:, None] * in_double(whitening.matrix)
+        bias = offset - weight @ in_double(whitening.mean)
         half = whitening.first_half
         # The first half of the whitened vector is made of the first half of the features alone.
         self.whitening_first = _linear(weight[:half, :half], bias[:half], kept)
@@ -173,7 +173,7 @@ class _FoldedBlock(nn.Module):
         like = block.global_scale
         self.passive, self.active, self.clamp = block.passive, block.active, block.clamp
         first, second = block.linear_layers
-        weight, bias = first.weight.double(), first.bias.double()
+        weight, bias = in_double(first.weight), in_double(first.bias)
         from_state = weight[:, : self.passive] / gain[: self.passive]
         bias = bias - from_state @ offset[: self.passive]
         self.first = _linear(from_state, None, like)
@@ -189,10 +189,10 @@ class _FoldedBlock(nn.Module):
         self.rows: torch.Tensor
         self.columns: torch.Tensor
         self.position: torch.Tensor
-        self.register_buffer("rows", rows.to(like))
-        self.register_buffer("columns", columns.to(like).contiguous())
-        self.register_buffer("position", (rows + columns).flatten(0, 1).to(like))
-        weight, bias = 0.1 * second.weight.double(), 0.1 * second.bias.double()
+        self.register_buffer("rows", as_on(rows, like))
+        self.register_buffer("columns", as_on(columns, like).contiguous())
+        self.register_buffer("position", as_on((rows + columns).flatten(0, 1), like))
+        weight, bias = 0.1 * in_double(second.weight), 0.1 * in_double(second.bias)
         weight[self.active :] *= gain[self.passive :, None]
         bias[self.active :] = bias[self.active :] * gain[self.passive :] + offset[self.passive :]
         self.second = _linear(weight, bias, like)
@@ -266,7 +266,7 @@ def _fuse(network: fx.GraphModule) -> None:
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:
     """A linear layer with these constants, in the dtype and on the device of the decoder's own."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
+    layer.weight = nn.Parameter(as_on(weight, like), requires_grad=False)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.to(like), requires_grad=False)
+        layer.bias = nn.Parameter(as_on(bias, like), requires_grad=False)
     return layer

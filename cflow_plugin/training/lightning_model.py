@@ -90,6 +90,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
             not need more of them. Validation images that are all good, and enough, are taken instead.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
+        bits: Bits of a value in the images, up to 16 in a grey camera's files. By default the training images decide.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
@@ -139,6 +140,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         target_false_alarm_rate: float | Literal["auto"] | None = "auto",
         held_out_share: float = 0.2,
         held_out_images: str | None = None,
+        bits: int | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -148,10 +150,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         check_positive(learning_rate=learning_rate)
         check_not_negative(noise=noise, unseen_share=unseen_share, camera_variation=camera_variation)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
-        reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
-        size = (image_size[0], image_size[1])
         super().__init__(
-            pre_processor=self.configure_pre_processor(size) if pre_processor is True else pre_processor,
+            pre_processor=self.pre_processing(pre_processor, image_size, bits),
             post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -170,7 +170,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             position_correction=position_correction,
             aggregation=aggregation,
         )
-        self.reference = reference
+        self.reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         self.progress = resuming.Progress()
         self.calibration = Calibration()
 

@@ -3,8 +3,9 @@
 __all__ = ["OneClassMixin"]
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
@@ -12,11 +13,16 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
 
+from cflow_plugin.errors import CflowError
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
 from cflow_plugin.training.checkpoints import translate_errors
+from cflow_plugin.training.results import ResultFiles
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +43,38 @@ class OneClassMixin(_Module):
         """Resize and normalise."""
         return CflowPreProcessor(AnomalibModule.configure_pre_processor(image_size).transform)
 
+    @classmethod
+    def pre_processing(
+        cls, given: nn.Module | bool, image_size: tuple[int, int], bits: int | None = None
+    ) -> nn.Module | bool:
+        """The pre-processor that was asked for.
+
+        Args:
+            given: A pre-processor, of which anomalib's own keeps its transform alone; or whether to use the default.
+            image_size: Height and width that the default one resizes to.
+            bits: Bits of a value in the images; ``None`` where the training images decide.
+
+        Raises:
+            CflowError: If the size is no height and width.
+        """
+        if given is True:
+            if not (isinstance(image_size, Sequence) and len(image_size) == 2):
+                message = f"image_size is a height and a width, for example (256, 256); got {image_size!r}."
+                raise CflowError(message)
+            given = cls.configure_pre_processor((image_size[0], image_size[1]))
+        return CflowPreProcessor(given.transform, bits) if isinstance(given, PreProcessor) else given
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Image AUROC and F1, pixel AUROC, AUPRO and F1."""
         return CflowEvaluator()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """anomalib's, but that pictures are written where none overwrites another."""
+        callbacks = cast("Sequence[Callback]", super().configure_callbacks())
+        if self.visualizer is not None and not isinstance(self.visualizer, ImageVisualizer):
+            return [*callbacks, ResultFiles(None)]
+        return [*(one for one in callbacks if one is not self.visualizer), ResultFiles(self.visualizer)]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -86,9 +86,7 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(
-            pre_processor=self.configure_pre_processor((image_size[0], image_size[1]))
-            if pre_processor is True
-            else pre_processor,
+            pre_processor=self.pre_processing(pre_processor, image_size),
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -220,12 +220,14 @@ def export_model(model: AnomalibModule | EncoderAlone, candidate: Candidate, fol
         if isinstance(model, EncoderAlone):
             path = _export_encoder(model, candidate, folder)
         elif candidate.runtime == "onnxruntime":
-            path = model.to_onnx(folder, input_size=size)
+            options: dict[str, Any] = {"batch": None} if isinstance(model, CflowPlugin) else {}
+            path = model.to_onnx(folder, input_size=size, **options)
         elif candidate.stored in {"f16", "int8"} and isinstance(model, CflowPlugin):
             path = _compressed(model, candidate, folder)
         else:
             half = CompressionType.FP16 if candidate.stored == "f16" else None
-            path = model.to_openvino(folder, input_size=size, compression_type=half)
+            options = {"batch": None} if isinstance(model, CflowPlugin) else {}
+            path = model.to_openvino(folder, input_size=size, compression_type=half, ov_kwargs=options)
     return path, time.perf_counter() - start
 
 

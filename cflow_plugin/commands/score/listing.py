@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.listing import IMAGES
+from cflow_plugin.images.listing import IMAGES, list_folder
 
 _MAGIC = frozenset("*?[")
 
@@ -30,9 +30,8 @@ def list_images(source: str) -> list[str]:
     """
     path = Path(source)
     if path.is_dir():
-        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-        found = [file for file in files if file.suffix.lower() in IMAGES]
-        if not found and any(file.suffix.lower() == ".parquet" for file in files):
+        found = list_folder(path)
+        if not found and next(path.rglob("*.parquet"), None) is not None:
             return _from_table(source)
     elif path.is_file():
         if path.suffix.lower() not in IMAGES:
@@ -40,7 +39,7 @@ def list_images(source: str) -> list[str]:
         found = [path]
     elif _MAGIC & set(source):
         names = glob.iglob(source, recursive=True)  # noqa: PTH207  the pattern may be absolute
-        found = [Path(name) for name in names if Path(name).suffix.lower() in IMAGES]
+        found = [Path(name) for name in names if Path(name).suffix.lower() in IMAGES]  # none of them hidden
     else:
         message = (
             f"There is nothing at {source}: name a folder, a pattern such as 'line 3/**/*.png', or a Parquet file."

@@ -21,7 +21,15 @@ logger = logging.getLogger(__name__)
 
 # Readers of Parquet folders pass over names that begin with a dot or an underscore.
 _SETTINGS, _LOCK = "_settings.json", ".lock"
-_SCHEMA = pa.schema([("path", pa.string()), ("score", pa.float32()), ("anomalous", pa.bool_()), ("error", pa.string())])
+_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("score", pa.float32()),
+        ("anomalous", pa.bool_()),
+        ("p_value", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
 
 
 class Row(NamedTuple):
@@ -31,6 +39,7 @@ class Row(NamedTuple):
         path: Its path, as it was listed.
         score: Its anomaly score, unless there is an error.
         anomalous: The model's decision.
+        p_value: Its conformal p-value, if the file holds reference scores.
         error: Why it has no score.
         anomaly_map: Its anomaly map as a PNG of 8 bits a pixel, 0 for 0 and 255 for 1, if maps are wanted.
     """
@@ -38,6 +47,7 @@ class Row(NamedTuple):
     path: str
     score: float | None = None
     anomalous: bool | None = None
+    p_value: float | None = None
     error: str | None = None
     anomaly_map: bytes | None = None
 

@@ -36,9 +36,10 @@ def score(
 ) -> None:
     """Score a collection of images of any number, on this machine or on a Ray cluster.
 
-    The output folder gets Parquet files with columns path, score, anomalous and error, to be read as one table (for
-    example with pandas.read_parquet). An image that cannot be read has a row whose error says why, and no score. The
-    command can be interrupted or killed: started again, it scores only images that have no row yet.
+    The output folder gets Parquet files with columns path, score, anomalous, p_value (where the model was trained with
+    a false-alarm rate) and error, to be read as one table (for example with pandas.read_parquet). An image that cannot
+    be read has a row whose error says why, and no score. The command can be interrupted or killed: started again, it
+    scores only images that have no row yet.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
@@ -67,7 +68,9 @@ def score(
     parts = ScoreTable(output, maps)
     settings = Settings(model.absolute(), Path.cwd(), maps, device, precision, threads)
     console = Console()
-    with parts.opened({"model": _fingerprint(model), "precision": precision, "maps": maps}):
+    with parts.opened(
+        {"model": _fingerprint(model), "precision": precision, "maps": maps, "columns": parts.schema.names}
+    ):
         batches = parts.missing(images, batch)
         todo, errors = sum(map(len, batches)), 0
         if todo < len(images):

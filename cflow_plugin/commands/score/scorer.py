@@ -14,6 +14,8 @@ import numpy as np
 import openvino as ov
 
 from cflow_plugin.commands.score.parts import Row
+from cflow_plugin.decisions.conformal import p_values
+from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.images.reading import ImageFileError, read_image
 
@@ -51,7 +53,9 @@ class Scorer:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        compiled = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
+        model = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
+        compiled, self._bits = model
+        self._reference = read_reference_scores(settings.model)
         self._queue = ov.AsyncInferQueue(compiled)
         self._queue.set_callback(self._keep)
         self._alone = compiled.create_infer_request()
@@ -84,7 +88,7 @@ class Scorer:
 
     def _read(self, path: str) -> np.ndarray | str:
         try:
-            return read_image(self.settings.root / path)
+            return read_image(self.settings.root / path, self._bits)
         except ImageFileError as error:
             return f"cannot be used as an image: {error.reason}"
 
@@ -115,7 +119,9 @@ class Scorer:
         if not np.isfinite(score):
             return Row(path, error="could not be scored: the score is not a finite number")
         anomaly_map = _png(request.get_tensor("anomaly_map").data[0, 0]) if self.settings.maps else None
-        return Row(path, score, bool(request.get_tensor("pred_label").data.flat[0]), None, anomaly_map)
+        anomalous = bool(request.get_tensor("pred_label").data.flat[0])
+        p_value = None if self._reference is None else float(p_values(score, self._reference))
+        return Row(path, score, anomalous, p_value, anomaly_map=anomaly_map)
 
     def close(self) -> None:
         """End the threads."""

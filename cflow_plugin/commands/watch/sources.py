@@ -3,6 +3,7 @@
 __all__ = ["CameraLostError", "Frame", "Source", "open_source"]
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import cv2
 import numpy as np
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.listing import IMAGES, natural_order
+from cflow_plugin.images.listing import IMAGES, list_folder
 from cflow_plugin.images.reading import ImageFileError, read_image
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Frame(NamedTuple):
     Attributes:
         name: Path below the folder, or the number of the frame in six digits.
         time: Seconds since the first image.
-        image: Shape ``(H, W, 3)``, bytes, blue first; or what is wrong with the file.
+        image: Shape ``(H, W, 3)``, blue first, bytes or 16-bit values; or what is wrong with the file.
     """
 
     name: str
@@ -52,45 +53,61 @@ class Source(NamedTuple):
     rate: float | None
 
 
-def open_source(source: str, frame_rate: float) -> Source:
+def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
     """Open a folder, an image, a video file or a camera.
 
     Args:
-        source: Its path, or the number of a camera.
+        source: Its path, the number or device node of a camera, or the address of a stream, as of
+            ``rtsp://`` or ``http://``.
         frame_rate: Images a second in a folder.
+        bits: Bits of a value in the images, as the model takes them.
 
     Raises:
-        CflowError: If there is nothing at that path or it cannot be opened.
+        CflowError: If there is nothing at that path, it cannot be opened, or has other images.
     """
     path = Path(source)
-    if source.isdigit() or (path.is_file() and path.suffix.lower() not in IMAGES):
-        return _open_film(source)
+    is_stream = "://" in source
+    is_camera = source.isdigit() or (not is_stream and path.is_char_device())
+    if is_camera or is_stream or (path.is_file() and path.suffix.lower() not in IMAGES):
+        if bits > 8:
+            message = (
+                f"The model was trained on images of {bits} bits a value; a camera or video gives 8. Name a folder."
+            )
+            raise CflowError(message)
+        return _open_film(source, is_camera, is_stream)
     if not path.exists():
-        message = f"There is nothing at {source}: name a folder, an image, a video file or the number of a camera."
+        message = (
+            f"There is nothing at {source}: name a folder, an image, a video file, the number of a camera, or the "
+            "address of a stream."
+        )
         raise CflowError(message)
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in IMAGES]
-    root = path.parent if path.is_file() else path
-    files = sorted((file.relative_to(root) for file in files), key=natural_order)
-    frames = (Frame(str(file), index / frame_rate, _try_to_read(root / file)) for index, file in enumerate(files))
+    files, root = ([path], path.parent) if path.is_file() else (list_folder(path), path)
+    frames = (
+        Frame(file.relative_to(root).as_posix(), index / frame_rate, _try_to_read(file, bits))
+        for index, file in enumerate(files)
+    )
     return Source(frames, len(files), is_film=False, rate=frame_rate)
 
 
-def _open_film(source: str) -> Source:
-    is_camera = source.isdigit()
-    capture = cv2.VideoCapture(int(source) if is_camera else source)
+def _open_film(source: str, is_camera: bool, is_stream: bool) -> Source:
+    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    name = re.sub(r"//[^/@]*@", "//…@", source)  # of an address without the password in it
     if not capture.isOpened():
-        what = f"camera {source}" if is_camera else f"{source} as a video"
-        message = f"{what} could not be opened."
+        what = f"camera {source}" if is_camera else f"{name} as a {'stream' if is_stream else 'video'}"
+        where = ": check the address, and that this machine reaches it" if is_stream else ""
+        message = f"{what} could not be opened{where}."
         raise CflowError(message)
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    # What has no length is live, whatever its address is.
+    is_live = is_camera or (is_stream and count <= 0)
     rate = capture.get(cv2.CAP_PROP_FPS)
-    rate = None if is_camera or not rate > 0 else rate
-    total = count if count > 0 and not is_camera else None
-    return Source(_film_frames(capture, source, total, rate, is_camera), total, is_film=True, rate=rate)
+    rate = None if is_live or not rate > 0 else rate
+    total = count if count > 0 and not is_live else None
+    return Source(_film_frames(capture, name, total, rate, is_live), total, is_film=True, rate=rate)
 
 
 def _film_frames(
-    capture: cv2.VideoCapture, source: str, total: int | None, rate: float | None, is_camera: bool
+    capture: cv2.VideoCapture, source: str, total: int | None, rate: float | None, is_live: bool
 ) -> Iterator[Frame]:
     index, start = 0, None
     try:
@@ -104,15 +121,16 @@ def _film_frames(
             index += 1
     finally:
         capture.release()
-    if is_camera:
-        message = f"Camera {source} gave no more images after {index}, which are scored. Check its cable; start again."
+    if is_live:
+        what = f"Camera {source}" if source.isdigit() else source
+        message = f"{what} gave no more images after {index}, which are scored. Check its cable; start again."
         raise CameraLostError(message)
     if total is not None and index < total:
         logger.warning("%s ends after %d frames, though its header speaks of %d.", source, index, total)
 
 
-def _try_to_read(path: Path) -> np.ndarray | ImageFileError:
+def _try_to_read(path: Path, bits: int) -> np.ndarray | ImageFileError:
     try:
-        return read_image(path)
+        return read_image(path, bits)
     except ImageFileError as error:
         return error

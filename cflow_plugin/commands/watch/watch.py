@@ -61,8 +61,8 @@ def watch(
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
-        source: A folder, an image, a video file, or the number of a camera (0 is the first). A folder's images are
-            taken in natural order, 9.jpg before 10.jpg.
+        source: A folder, an image, a video file, the number of a camera (0 is the first) or its device node, or a
+            stream's address (rtsp://…, http://…). A folder's images are taken in natural order, 9.jpg before 10.jpg.
         output: Folder for the results.
         show: Show the pictures in a window.
         overlays: Write the pictures to files.
@@ -83,7 +83,7 @@ def watch(
     known = None if truth is None else read_truth(truth)
     compiled = compile_exported(model, device, precision)
     good = read_reference_scores(model)
-    frames, total, is_film, rate = open_source(source, frame_rate)
+    frames, total, is_film, rate = open_source(source, frame_rate, compiled.bits)
     if known is not None and known.total not in (None, total) and not is_film:
         message = f"{truth} is of {known.total} frames, but {source} holds {total} images: is it of another clip?"
         raise CflowError(message)
@@ -134,7 +134,9 @@ def watch(
                 progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):
                     continue
-                picture = _overlay(frame, result["anomaly_map"][0, 0], smoothed, anomalous, speed)
+                picture = _overlay(
+                    _in_8_bits(frame, compiled.bits), result["anomaly_map"][0, 0], smoothed, anomalous, speed
+                )
                 if overlays and is_film:
                     if film is None:
                         film = cv2.VideoWriter(
@@ -223,6 +225,10 @@ def _write(path: Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _, data = cv2.imencode(path.suffix, picture)
     path.write_bytes(data.tobytes())  # unlike NumPy's own writer it says when the disk is full
+
+
+def _in_8_bits(frame: np.ndarray, bits: int) -> np.ndarray:
+    return frame if bits == 8 else (frame >> (bits - 8)).astype(np.uint8)
 
 
 def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, score: float, anomalous: bool, rate: float) -> np.ndarray:
