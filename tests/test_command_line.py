@@ -10,7 +10,7 @@ from anomalib.cli.cli import AnomalibCLI
 from anomalib.data.datasets.image.mvtecad import CATEGORIES
 
 from cflow_plugin.commands.cli import main
-from cflow_plugin.model.encoder import BACKBONES
+from cflow_plugin.model.backbones import BACKBONES
 
 from .conftest import ROOT, run_command
 

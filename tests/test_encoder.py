@@ -4,7 +4,8 @@ from safetensors.torch import save_file
 from timm import create_model
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.model.encoder import BACKBONES, Encoder
+from cflow_plugin.model.backbones import BACKBONES
+from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.weights import load_file
 
 from .conftest import SHARED, run_command

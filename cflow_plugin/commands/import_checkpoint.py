@@ -19,14 +19,14 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from rich.progress import track
 from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.tv_tensors import Image
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.images.reading import check_images, unreadable
-from cflow_plugin.model.encoder import BACKBONES, Padding
+from cflow_plugin.model.backbones import BACKBONES
+from cflow_plugin.model.encoder import Padding
 from cflow_plugin.model.flow import CouplingBlock
 from cflow_plugin.training.lightning_model import CflowPlugin
 
@@ -266,7 +266,7 @@ def _build(
         position_correction=0.0,
         aggregation="probability",
     ).eval()
-    model.pre_processor = CflowPreProcessor(Compose([Resize(size, antialias=True), Normalize(mean, std)]))
+    model.pre_processor = CflowPreProcessor.of(size, mean, std)
     ours = model.model.encoder
     if encoder.startswith("mobilenet"):
         encoder_weights = _in_timm_names(encoder_weights, ours.network)

@@ -13,11 +13,19 @@ from anomalib.deploy import CompressionType, ExportType
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
 from torchmetrics import Metric
+from torchvision.transforms.v2 import Normalize
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_scores import KEY
-from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, free_dimensions, note_in_onnx
+from cflow_plugin.deploy.graph import (
+    InferenceGraph,
+    convert_to_openvino,
+    free_dimensions,
+    note_in_onnx,
+    split_transform,
+)
 from cflow_plugin.deploy.quantization import check_data, compress
+from cflow_plugin.deploy.runtime import ENCODER_KEY
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
 from cflow_plugin.model.torch_model import CflowModel
@@ -135,10 +143,18 @@ class FoldedExport(_Base):
             self.post_processor.check_calibrated()
 
     def _notes(self) -> dict[str, str]:
-        """What a file says of the reference images: their scores, normalised as the file's own scores are."""
-        if not (isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_calibrated):
-            return {}
-        return {KEY: json.dumps(self.post_processor.normalized_reference_scores.tolist())}
+        """What a file says of its encoder and of the reference images: their scores, normalised as its own are."""
+        encoder = self.model.encoder
+        size, interpolation, rest = split_transform(getattr(self.pre_processor, "transform", None))
+        about: dict[str, Any] = {"backbone": encoder.backbone, "layers": encoder.layers, "weights": encoder.source}
+        about |= {"image_size": size, "interpolation": interpolation}
+        for part in rest.modules() if rest else ():
+            if isinstance(part, Normalize):
+                about |= {"mean": list(part.mean), "std": list(part.std)}
+        notes = {ENCODER_KEY: json.dumps(about)}
+        if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_calibrated:
+            notes[KEY] = json.dumps(self.post_processor.normalized_reference_scores.tolist())
+        return notes
 
 
 def _folder(export_root: Path | str, kind: ExportType) -> Path:

@@ -1,6 +1,6 @@
 """A trained model as an ONNX or OpenVINO graph, pre- and post-processing included."""
 
-__all__ = ["InferenceGraph", "convert_to_openvino", "free_dimensions", "note_in_onnx"]
+__all__ = ["InferenceGraph", "convert_to_openvino", "free_dimensions", "note_in_onnx", "split_transform"]
 
 import logging
 from collections.abc import Mapping
@@ -17,11 +17,12 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule
 from openvino import opset13 as operations
-from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+from openvino.preprocess import PrePostProcessor
 from torch import nn
 from torch.nn import functional
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
+from cflow_plugin.deploy.runtime import RESIZING
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.model.folded import FoldedModel
@@ -43,6 +44,7 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         size: Height and width of the images behind the pre-processing.
         resizes: Whether images may have another size before it. The graph's own resizing smooths as the trained model's
             does; anomalib leaves that out of what it exports.
+        interpolation: How it resizes, ``bilinear`` or ``bicubic``.
 
     Raises:
         CflowError: If the size of the images behind the pre-processing is not known.
@@ -50,7 +52,7 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
 
     def __init__(self, model: AnomalibModule, input_size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        size, self.transform = _split(getattr(model.pre_processor, "transform", None))
+        size, self.interpolation, self.transform = split_transform(getattr(model.pre_processor, "transform", None))
         if size is None and input_size is None:
             msg = "The model's pre-processing lets images keep their size; name the one to export for: --input_size."
             raise CflowError(msg)
@@ -71,18 +73,33 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Images ``(B, 3, H, W)`` with values between 0 and 1 to anomalib's results."""
         if self.resizes:
-            images = functional.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
+            mode = self.interpolation
+            images = functional.interpolate(images, self.size, mode=mode, align_corners=False, antialias=True)
         result = self.model(self.transform(images) if self.transform else images)
         return self.post_processor(result) if self.post_processor else result
 
 
-def _split(transform: Transform | None) -> tuple[tuple[int, int] | None, nn.Module | None]:
-    """The size that a transform begins with resizing to, and the rest of it."""
+def split_transform(transform: Transform | None) -> tuple[tuple[int, int] | None, str, nn.Module | None]:
+    """The size that a transform begins with resizing to, how it does, and the rest of it.
+
+    Args:
+        transform: A pre-processor's transform.
+
+    Returns:
+        Height and width, ``None`` where it does not resize; ``bilinear`` or ``bicubic``; what comes behind.
+
+    Raises:
+        CflowError: If it resizes by any other interpolation, which runtimes do not have.
+    """
     parts: list[Any] = list(transform.transforms) if isinstance(transform, Compose) else [transform]
     size = parts[0].size if isinstance(parts[0], Resize) else None
-    if size is not None and len(size) == 2:
-        return (size[0], size[1]), nn.Sequential(*map(deepcopy, parts[1:]))
-    return None, deepcopy(transform)
+    if size is None or len(size) != 2:
+        return None, "bilinear", deepcopy(transform)
+    interpolation = parts[0].interpolation.value
+    if interpolation not in RESIZING:
+        msg = f"Only bilinear and bicubic resizing can be exported, and the model's pre-processing is {interpolation}."
+        raise CflowError(msg)
+    return (size[0], size[1]), interpolation, nn.Sequential(*map(deepcopy, parts[1:]))
 
 
 class _Outputs(nn.Module):
@@ -125,7 +142,7 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
         steps.input().model().set_layout(ov.Layout("NCHW"))
         tensor = steps.input().tensor().set_layout(ov.Layout("NCHW"))
         tensor.set_spatial_static_shape(*input_size) if input_size else tensor.set_spatial_dynamic_shape()
-        steps.input().preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+        steps.input().preprocess().resize(RESIZING[inference.interpolation])
         converted = steps.build()
     _keep_positions_in_parts(converted, inference.model)
     _name_matrix_products(converted, inference.model)

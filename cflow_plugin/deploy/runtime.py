@@ -1,7 +1,9 @@
 """An exported model, ready for pictures as OpenCV reads them."""
 
-__all__ = ["compile_exported", "read_exported"]
+__all__ = ["ENCODER_KEY", "RESIZING", "compile_exported", "encoder_of", "read_exported"]
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,30 @@ import openvino as ov
 from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 
 from cflow_plugin.errors import CflowError
+
+ENCODER_KEY = "cflow_plugin_encoder"
+"""Under this name an exported file says what its encoder is and what input it takes, as JSON."""
+
+RESIZING: Mapping[str, ResizeAlgorithm] = {
+    "bilinear": ResizeAlgorithm.RESIZE_BILINEAR_PILLOW,
+    "bicubic": ResizeAlgorithm.RESIZE_BICUBIC_PILLOW,
+}
+"""OpenVINO's operations that smooth what they reduce, as torch's do, by their names in torch."""
+
+
+def encoder_of(model: ov.Model) -> dict[str, Any]:
+    """What an exported file says of its encoder: backbone, layers, where the weights are from, and the input it takes.
+
+    Args:
+        model: As OpenVINO has read it from an .xml or .onnx file.
+
+    Returns:
+        Nothing where it is of another model or an older release.
+    """
+    for path in ([ENCODER_KEY], ["framework", ENCODER_KEY]):  # of an .xml file, of an .onnx file
+        if model.has_rt_info(path):
+            return json.loads(model.get_rt_info(path).astype(str))
+    return {}
 
 
 def read_exported(path: Path) -> ov.Model:
@@ -35,6 +61,7 @@ def read_exported(path: Path) -> ov.Model:
     if not {"pred_score", "pred_label", "anomaly_map"} <= outputs:
         message = f"{path} gives {', '.join(sorted(outputs))}; a model exported by anomalib with thresholds is needed."
         raise CflowError(message)
+    encoder = encoder_of(model)
     shape = model.input(0).partial_shape
     # One image at a time. With a batch of any size OpenVINO 2026.4 compiles some models wrongly for several streams: a
     # quarter of all compilations of one with the filter bank, none of one with ResNet-18.
@@ -48,7 +75,7 @@ def read_exported(path: Path) -> ov.Model:
     prepare.convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(255.0)
     if shape[2].is_static:
         tensor.set_spatial_dynamic_shape()
-        prepare.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+        prepare.resize(RESIZING[encoder.get("interpolation", "bilinear")])
     return steps.build()
 
 

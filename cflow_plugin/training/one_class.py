@@ -1,6 +1,6 @@
 """What all models of this package have in common: one class, one way to read images, one set of metrics."""
 
-__all__ = ["OneClassMixin"]
+__all__ = ["OneClassMixin", "pre_processor_of"]
 
 import logging
 from pathlib import Path
@@ -16,12 +16,25 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
+from cflow_plugin.model.backbones import IMAGENET
+from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.training.checkpoints import translate_errors
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_SIZE = (256, 256)
+
 # anomalib lists every direct subclass of its module as a model, which this is not.
 _Module = AnomalibModule if TYPE_CHECKING else object
+
+
+def pre_processor_of(encoder: Encoder) -> CflowPreProcessor:
+    """Resize and normalise images as those were that the encoder's weights were trained on.
+
+    Args:
+        encoder: The encoder.
+    """
+    return CflowPreProcessor.of(encoder.image_size or _DEFAULT_SIZE, *encoder.input)
 
 
 class OneClassMixin(_Module):
@@ -34,8 +47,8 @@ class OneClassMixin(_Module):
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize and normalise."""
-        return CflowPreProcessor(AnomalibModule.configure_pre_processor(image_size).transform)
+        """Resize, and normalise with ImageNet's constants; the encoder's own are in :func:`pre_processor_of`."""
+        return CflowPreProcessor.of(image_size or _DEFAULT_SIZE, *IMAGENET)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

@@ -25,7 +25,7 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.images.checking import ImageFileCheck
 from cflow_plugin.model import weights as encoder_weights
 from cflow_plugin.training.checkpoints import use_checkpoint_files
-from cflow_plugin.training.one_class import OneClassMixin
+from cflow_plugin.training.one_class import OneClassMixin, pre_processor_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +85,16 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision, image_size)
+        image_size = network.encoder.image_size or image_size  # kept as a setting the way it was rounded
         super().__init__(
-            pre_processor=self.configure_pre_processor((image_size[0], image_size[1]))
-            if pre_processor is True
-            else pre_processor,
+            pre_processor=pre_processor_of(network.encoder) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
         self.pre_trained = pre_trained
         self.weights = weights
-        network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision)
         self.model: SpadeModel = network  # pyright: ignore[reportIncompatibleVariableOverride]  is any module there
 
     # What anomalib asks a model
