@@ -15,6 +15,7 @@ __all__ = [
     "weights_name",
 ]
 
+import inspect
 import logging
 import math
 from collections import Counter
@@ -189,10 +190,14 @@ def build(
         return network, size
     asked = size or native
     first: Exception | None = None
+    # Position embeddings that are made for the size need not be resampled for each image.
+    parameters = inspect.signature(type(network)).parameters
+    still = {"dynamic_img_size": False} if "dynamic_img_size" in parameters else {}
     for other in (asked, *_near(asked, network), native):
-        for arguments in [{}, {"img_size": other}]:
+        for arguments in [{"img_size": other, **still}, {}] if "img_size" in parameters else [{}]:
             try:
-                network = network if first is None else create(backbone, **arguments)
+                if first is not None or arguments:
+                    network = create(backbone, **arguments)
                 run(network, other)
             except CflowError:
                 raise

@@ -80,6 +80,7 @@ class Encoder(nn.Module):
             _, self.image_size = build(backbone, size, self._cut)
             self.input = input_settings(backbone)
         self.network.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_add_counters)
         self.eval()
 
     def _cut(self, network: nn.Module, size: tuple[int, int]) -> None:
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
             _reflect(network, self.backbone)
         if hasattr(network, "forward_intermediates") and set(self.layers) <= set(offered):
             self._numbers = {layer: offered.index(layer) for layer in self.layers}
-            network.prune_intermediate_layers(sorted(self._numbers.values()))
+            network.prune_intermediate_layers(sorted(self._numbers.values()), prune_norm=True)
             self.network = network
         else:
             try:
@@ -272,6 +273,13 @@ class Encoder(nn.Module):
             msg = f"{source} holds NaN or infinite values in {_enumerate(bad)}."
             raise CflowError(msg)
         self.network.load_state_dict({name: weights.get(name, tensor) for name, tensor in needed.items()})
+
+
+def _add_counters(encoder: Encoder, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Let checkpoints lack batch norm's counters of training batches: how a network was traced decides on them."""
+    for name, tensor in encoder.network.state_dict(prefix=f"{prefix}network.").items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, tensor)
 
 
 def _reflect(network: nn.Module, backbone: str) -> None:
