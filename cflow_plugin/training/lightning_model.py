@@ -163,13 +163,13 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             aggregation=aggregation,
             image_size=image_size,
         )
-        image_size = network.encoder.image_size or image_size  # kept as a setting the way it was rounded
         super().__init__(
             pre_processor=pre_processor_of(network.encoder) if pre_processor is True else pre_processor,
             post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self.hparams["image_size"] = network.encoder.image_size or image_size  # rounded where that was needed
         self.model: CflowModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.reference = reference
         self.progress = resuming.Progress()

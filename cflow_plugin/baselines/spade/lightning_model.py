@@ -86,13 +86,13 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision, image_size)
-        image_size = network.encoder.image_size or image_size  # kept as a setting the way it was rounded
         super().__init__(
             pre_processor=pre_processor_of(network.encoder) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self.hparams["image_size"] = network.encoder.image_size or image_size  # rounded where that was needed
         self.pre_trained = pre_trained
         self.weights = weights
         self.model: SpadeModel = network  # pyright: ignore[reportIncompatibleVariableOverride]  is any module there
