@@ -186,8 +186,12 @@ def build(
     native = cast("tuple[int, int]", tuple(config.get("input_size", (3, 224, 224))[1:]))
     fixed = bool(config.get("fixed_input_size", False))
     if not fixed and (size is None or min(size) < _SMALL):  # whether they are too small is said when training begins
-        run(network, (_SMALL, _SMALL))
-        return network, size
+        try:
+            run(network, (_SMALL, _SMALL))
+        except ValueError:
+            network = create(backbone)
+        else:
+            return network, size
     asked = size or native
     first: Exception | None = None
     # Position embeddings that are made for the size need not be resampled for each image.

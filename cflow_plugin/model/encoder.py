@@ -17,6 +17,8 @@ from cflow_plugin.model.filter_bank import FilterBank
 
 _LARGE_ENOUGH = 64  # pixels, for every layer of every backbone
 
+_OVERLAPPING = 4  # pixels: up to this stride a network begins with convolutions that overlap or lose next to nothing
+
 Padding = Literal["zeros", "reflect"]
 
 
@@ -87,6 +89,9 @@ class Encoder(nn.Module):
         """Take what is needed of a network, and see what comes out for images of a size."""
         asked, padding = self._asked
         features = features_of(network)
+        if features and features[0].stride > _OVERLAPPING and any(side % features[0].stride for side in size):
+            msg = f"patches of {features[0].stride} pixels do not divide {size[0]}×{size[1]}"
+            raise ValueError(msg)  # they would leave pixels out: another size is tried
         self.layers = choose_layers(self.backbone, features) if asked is None else named(asked, self.backbone, features)
         self._check_neighbourhood()
         offered = [feature.name for feature in features]
