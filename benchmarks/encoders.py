@@ -2,10 +2,9 @@
 
     python benchmarks/encoders.py
 
-Weights are random. For each network the features are compared with those of ``timm.create_model(..., features_only=True)``
-of the same seed, the decoders take two steps of training, and the model is exported to OpenVINO and to ONNX; the maps of
-OpenVINO and ONNX Runtime are compared with torch's. Needs the extra ``onnx``. What has been done is skipped when the
-command is repeated.
+Weights are random. For each network the features are compared with those of timm's own wrapper around it, the decoders
+take two steps of training, and the model is exported to OpenVINO and to ONNX; the maps of OpenVINO and ONNX Runtime are
+compared with torch's. Needs the extra ``onnx``. What has been done is skipped when the command is repeated.
 """
 
 import gc
@@ -73,7 +72,7 @@ def smallest_of_each_file() -> list[str]:
             try:
                 with torch.device("meta"):
                     network = timm.create_model(name)
-            except Exception:  # noqa: S112  some compute with their weights when they are made
+            except Exception:
                 continue
             found[name] = sum(parameter.numel() for parameter in network.parameters())
         names += [min(found, key=found.__getitem__)] if found else []
@@ -89,7 +88,7 @@ def examine(name: str, size: int, onnx: bool = True) -> dict[str, Any]:
         onnx: Export to ONNX, too.
 
     Returns:
-        What came out; under ``refused`` the sentence it was refused in, and under ``wrong`` what is not as it should be.
+        What came out; under ``refused`` the sentence it was refused in, under ``wrong`` what is not as it should be.
     """
     row: dict[str, Any] = {"encoder": name, "file": timm.models.model_entrypoint(name).__module__.rpartition(".")[2]}
     wrong: list[str] = []
@@ -116,13 +115,13 @@ def examine(name: str, size: int, onnx: bool = True) -> dict[str, Any]:
         images = torch.rand(2, 3, *encoder.image_size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             expected = model.eval()(images).anomaly_map.numpy()
-        for stage, export in (("OpenVINO", run_openvino), ("ONNX", run_onnx))[: 1 + onnx]:  # noqa: B007
+        for stage, export in (("OpenVINO", run_openvino), ("ONNX", run_onnx))[: 1 + onnx]:
             with tempfile.TemporaryDirectory() as folder:
                 found = export(model, encoder.image_size, folder, images.numpy())
             row[stage] = float(np.abs(found - expected).max() / np.ptp(expected))
             if not row[stage] < TOLERANCE:
                 wrong.append(f"{stage} differs by {row[stage]:.1e}")
-    except Exception as error:  # noqa: BLE001  to be reported, whatever it is
+    except Exception as error:
         row["refused"] = f"not {stage}: {type(error).__name__}: {first_line(error, 200)}"
     return row | ({"wrong": "; ".join(wrong)} if wrong else {})
 
@@ -141,20 +140,26 @@ def differences_from_timm(model: Any) -> list[str]:
         try:
             # As the encoder has come to its weights: of a size that does not fit, it was built twice.
             other = timm.create_model(
-                encoder.backbone, features_only=True, out_indices=tuple(numbers[layer] for layer in ordered), **arguments
+                encoder.backbone,
+                features_only=True,
+                out_indices=tuple(numbers[layer] for layer in ordered),
+                **arguments,
             ).eval()
             images = torch.rand(1, 3, *size)
             with torch.no_grad():
                 theirs = other(images)
             break
-        except Exception:  # noqa: S112
+        except Exception:
             continue
     if other is None:
         return ["timm's own wrapper cannot be built"]
     channels = dict(zip(ordered, other.feature_info.channels(), strict=True))
     if [channels[layer] for layer in encoder.layers] != encoder.channels:
         return [f"channels {encoder.channels} instead of {channels}"]
-    names = {key.removeprefix("model.").removeprefix("body.").replace("_", "."): value for key, value in other.state_dict().items()}
+    names = {
+        key.removeprefix("model.").removeprefix("body.").replace("_", "."): value
+        for key, value in other.state_dict().items()
+    }
     weights = {key: names.get(key.replace("_", ".")) for key in encoder.network.state_dict()}
     lacking = [key for key, value in weights.items() if value is None]
     if lacking:

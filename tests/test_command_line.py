@@ -266,7 +266,8 @@ def test_the_wheel_in_a_clean_environment(wheel, tmp_path):
     assert str(packages) in where
     code = "import sys; from anomalib.cli.cli import main; sys.argv[0] = 'anomalib'; main()"
     out = run_command(
-        clean, "-c", code, "train", "--config", ROOT / "configs/demo.yaml", *FEW, *QUICK, *CPU, "--model.layers", "null",
+        clean, "-c", code, "train", "--config", ROOT / "configs/demo.yaml", *FEW, *QUICK, *CPU,
+        "--model.layers", "null",
         cwd=tmp_path, PYTHONPATH="",
     )  # fmt: skip
     assert "pixel_AUPRO" in out

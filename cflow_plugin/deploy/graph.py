@@ -20,7 +20,7 @@ from openvino import opset13 as operations
 from openvino.preprocess import PrePostProcessor
 from torch import nn
 from torch.nn import functional
-from torchvision.transforms.v2 import Compose, Resize, Transform
+from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
 from cflow_plugin.deploy.runtime import RESIZING
 from cflow_plugin.errors import CflowError
@@ -95,7 +95,7 @@ def split_transform(transform: Transform | None) -> tuple[tuple[int, int] | None
     size = parts[0].size if isinstance(parts[0], Resize) else None
     if size is None or len(size) != 2:
         return None, "bilinear", deepcopy(transform)
-    interpolation = parts[0].interpolation.value
+    interpolation = cast("InterpolationMode", parts[0].interpolation).value
     if interpolation not in RESIZING:
         msg = f"Only bilinear and bicubic resizing can be exported, and the model's pre-processing is {interpolation}."
         raise CflowError(msg)

@@ -1,4 +1,4 @@
-"""timm's networks: how they are built for a size of images, what layers they have, and what input they were trained on."""
+"""timm's networks: how they are built for a size of images, their layers, and the input they were trained on."""
 
 __all__ = [
     "BACKBONES",
@@ -21,10 +21,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import timm
-from timm.data import resolve_data_config
+from timm.data.config import resolve_data_config
 from torch import nn
 
 from cflow_plugin.errors import CflowError, first_line
@@ -120,7 +120,7 @@ def features_of(network: nn.Module) -> list[Feature]:
     ]
 
 
-def _feature_info(network: nn.Module) -> Sequence[Mapping[str, int | str]]:
+def _feature_info(network: nn.Module) -> Sequence[Mapping[str, Any]]:
     info = getattr(network, "feature_info", [])
     return getattr(info, "info", info)  # a list, or timm's own class around one
 
@@ -143,7 +143,7 @@ def input_settings(backbone: str) -> InputSettings:
     return InputSettings(tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
 
 
-def create(backbone: str, **arguments: object) -> nn.Module:
+def create(backbone: str, **arguments: Any) -> nn.Module:
     """Create a network without weights.
 
     Args:

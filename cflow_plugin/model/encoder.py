@@ -3,7 +3,7 @@
 __all__ = ["Encoder", "Padding"]
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from timm.models import create_feature_extractor
@@ -95,7 +95,9 @@ class Encoder(nn.Module):
         self.layers = choose_layers(self.backbone, features) if asked is None else named(asked, self.backbone, features)
         self._check_neighbourhood()
         offered = [feature.name for feature in features]
-        unknown = [layer for layer in self.layers if layer not in offered and layer not in dict(network.named_modules())]
+        unknown = [
+            layer for layer in self.layers if layer not in offered and layer not in dict(network.named_modules())
+        ]
         if unknown or not self.layers:
             msg = (
                 f"{self.backbone!r} has no layer {', '.join(map(repr, unknown)) or 'named'}; "
@@ -106,7 +108,7 @@ class Encoder(nn.Module):
             _reflect(network, self.backbone)
         if hasattr(network, "forward_intermediates") and set(self.layers) <= set(offered):
             self._numbers = {layer: offered.index(layer) for layer in self.layers}
-            network.prune_intermediate_layers(sorted(self._numbers.values()), prune_norm=True)
+            cast("Any", network).prune_intermediate_layers(sorted(self._numbers.values()), prune_norm=True)
             self.network = network
         else:
             try:
@@ -191,7 +193,8 @@ class Encoder(nn.Module):
             return self.network(images)
         ordered = sorted(self._numbers, key=self._numbers.__getitem__)
         numbers = [self._numbers[layer] for layer in ordered]
-        found = self.network.forward_intermediates(images, numbers, output_fmt="NCHW", intermediates_only=True)
+        network = cast("Any", self.network)
+        found = network.forward_intermediates(images, numbers, output_fmt="NCHW", intermediates_only=True)
         return dict(zip(ordered, found, strict=True))
 
     def _pyramid(self, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

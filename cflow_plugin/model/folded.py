@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import InferenceBatch
-from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval

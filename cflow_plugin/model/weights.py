@@ -106,7 +106,7 @@ def cached_file(backbone: str) -> Path | None:
         files = sorted(Path(found.submodule_search_locations[0]).glob("models/*.pth"))
         if files:
             return files[0]
-    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or ""
     for file in _FILES if repository else ():
         cached = try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
@@ -142,7 +142,9 @@ def load_file(encoder: Encoder, path: str | Path) -> None:
     """
     file = _file_in(Path(path))
     weights = read_weights(file)
-    how, fitting = next(((how, found) for how, found in _layouts(weights, encoder) if encoder.fits(found)), ("", weights))
+    how, fitting = next(
+        ((how, found) for how, found in _layouts(weights, encoder) if encoder.fits(found)), ("", weights)
+    )
     encoder.load_weights(fitting, source=str(path))
     digest = _sha256(file)
     encoder.source = f"{file.name}, SHA-256 {digest}"
@@ -164,9 +166,7 @@ def _file_in(path: Path) -> Path:
     files = [path / name for name in _FILES if (path / name).is_file()]
     files = files or sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".pth", ".pt", ".bin"})
     if not files or (len(files) > 1 and files[0].name not in _FILES):
-        msg = (
-            f"{path} holds {len(files) or 'no'} files of weights (.safetensors, .pth); name one with --model.weights."
-        )
+        msg = f"{path} holds {len(files) or 'no'} files of weights (.safetensors, .pth); name one with --model.weights."
         raise CflowError(msg)
     return files[0]
 
@@ -212,7 +212,7 @@ def _layouts(weights: Mapping[str, torch.Tensor], encoder: Encoder) -> Iterator[
     if own is not None:
         try:
             yield ", mapped as timm does", own(dict(plain), encoder.network)
-        except Exception as error:  # noqa: BLE001  made for other files, it fails on this one in any way
+        except Exception as error:
             logger.debug("timm's own mapping does not apply: %s", first_line(error))
     ordered = _in_order(plain, encoder.backbone)
     if ordered:
@@ -229,11 +229,9 @@ def _in_order(weights: Mapping[str, torch.Tensor], backbone: str) -> dict[str, t
     try:
         with torch.device("meta"):
             wanted = create(backbone).state_dict()
-    except Exception:  # noqa: BLE001  some networks compute with their weights when they are made
+    except Exception:
         return {}
     wanted = {name: tensor for name, tensor in wanted.items() if not name.endswith("num_batches_tracked")}
     if [tensor.squeeze().shape for tensor in given] != [tensor.squeeze().shape for tensor in wanted.values()]:
         return {}
-    return {
-        name: tensor.reshape(like.shape) for (name, like), tensor in zip(wanted.items(), given, strict=True)
-    }
+    return {name: tensor.reshape(like.shape) for (name, like), tensor in zip(wanted.items(), given, strict=True)}

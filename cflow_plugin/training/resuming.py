@@ -75,9 +75,7 @@ class Progress:
             )
             raise CflowError(msg)
 
-    def write(
-        self, checkpoint: dict[str, Any], reference_images: dict[str, Any] | None, encoder: Encoder
-    ) -> None:
+    def write(self, checkpoint: dict[str, Any], reference_images: dict[str, Any] | None, encoder: Encoder) -> None:
         """Add to a checkpoint what a resumed run has to know, as plain values.
 
         Args:
