@@ -12,8 +12,9 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -27,18 +28,23 @@ import cflow_plugin  # noqa: F401  registers the model
 from cflow_plugin.errors import first_line
 from cflow_plugin.files import atomic_file
 
+Export = Literal["OpenVINO", "ONNX"]
+
 TOLERANCE = 1e-3  # of the map's range
 
 
 def main(
-    names: list[str] | None = None, size: int = 256, onnx: bool = True, output: Path = Path("results/benchmarks")
+    names: list[str] | None = None,
+    size: int = 256,
+    exports: list[Export] = ["OpenVINO", "ONNX"],  # noqa: B006  shown in --help
+    output: Path = Path("results/benchmarks"),
 ) -> None:
     """Try networks as encoders.
 
     Args:
         names: timm names; by default the smallest network of each of timm's model files.
         size: Height and width of the images; rounded where a network needs it.
-        onnx: Export to ONNX, too, which takes most of the time.
+        exports: What to export to, which takes most of the time.
         output: Folder for encoders.json and encoders.md.
     """
     warnings.simplefilter("ignore")
@@ -51,7 +57,7 @@ def main(
     for number, name in enumerate(wanted, 1):
         if name in done:
             continue
-        row = examine(name, size, onnx)
+        row = examine(name, size, exports)
         print(f"{number}/{len(wanted)} " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         with atomic_file(file) as partial:
@@ -79,13 +85,13 @@ def smallest_of_each_file() -> list[str]:
     return names
 
 
-def examine(name: str, size: int, onnx: bool = True) -> dict[str, Any]:
+def examine(name: str, size: int, exports: Sequence[Export] = ()) -> dict[str, Any]:
     """Build a model around a network, train it for two steps, export it.
 
     Args:
         name: timm name.
         size: Height and width of the images.
-        onnx: Export to ONNX, too.
+        exports: What to export to.
 
     Returns:
         What came out; under ``refused`` the sentence it was refused in, under ``wrong`` what is not as it should be.
@@ -115,9 +121,10 @@ def examine(name: str, size: int, onnx: bool = True) -> dict[str, Any]:
         images = torch.rand(2, 3, *encoder.image_size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             expected = model.eval()(images).anomaly_map.numpy()
-        for stage, export in (("OpenVINO", run_openvino), ("ONNX", run_onnx))[: 1 + onnx]:
+        for stage in exports:
+            run = {"OpenVINO": run_openvino, "ONNX": run_onnx}[stage]
             with tempfile.TemporaryDirectory() as folder:
-                found = export(model, encoder.image_size, folder, images.numpy())
+                found = run(model, encoder.image_size, folder, images.numpy())
             row[stage] = float(np.abs(found - expected).max() / np.ptp(expected))
             if not row[stage] < TOLERANCE:
                 wrong.append(f"{stage} differs by {row[stage]:.1e}")
