@@ -278,7 +278,7 @@ def test_without_thresholds(name):
 
 
 def test_traced_checks():
-    name, layer = "mobilenetv3_small_050", "blocks.1"
+    name, layer = "mobilenetv3_small_050", "blocks.1.0"
     graph = create_feature_extractor(timm.create_model(name), {layer: layer}).eval_graph
     graph.eliminate_dead_code()
     # Without us they stay, and hold on to layers far above.

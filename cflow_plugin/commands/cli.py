@@ -19,6 +19,7 @@ _COMMANDS = {
     "benchmark": "cflow_plugin.commands.benchmark",
     "compare": "cflow_plugin.commands.compare",
     "configs": "cflow_plugin.commands.configs",
+    "encoders": "cflow_plugin.commands.encoders",
     "import-checkpoint": "cflow_plugin.commands.import_checkpoint",
     "make-scenes": "cflow_plugin.commands.make_scenes",
     "monitor": "cflow_plugin.commands.monitor",

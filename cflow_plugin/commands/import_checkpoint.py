@@ -17,7 +17,6 @@ import torch
 from anomalib.data import PredictDataset
 from rich.progress import track
 from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from cflow_plugin.decisions.conformal import check_enough
 from cflow_plugin.decisions.reference_images import choose_reference
@@ -25,7 +24,8 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.images.reading import check_images, unreadable
-from cflow_plugin.model.encoder import BACKBONES, Padding
+from cflow_plugin.model.backbones import BACKBONES
+from cflow_plugin.model.encoder import Padding
 from cflow_plugin.model.flow import CouplingBlock
 from cflow_plugin.training.lightning_model import CflowPlugin
 
@@ -281,7 +281,7 @@ def _build(
         position_correction=0.0,
         aggregation="probability",
     ).eval()
-    model.pre_processor = CflowPreProcessor(Compose([Resize(size, antialias=True), Normalize(mean, std)]))
+    model.pre_processor = CflowPreProcessor.of(size, mean, std)
     ours = model.model.encoder
     if encoder.startswith("mobilenet"):
         encoder_weights = _in_timm_names(encoder_weights, ours.network)

@@ -4,7 +4,7 @@ __all__ = ["FoldedExport"]
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import openvino
 from anomalib import TaskType
@@ -14,6 +14,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
 from torch import nn
 from torchmetrics import Metric
+from torchvision.transforms.v2 import Normalize, Resize
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import ReferenceImages
@@ -30,7 +31,8 @@ from cflow_plugin.deploy.graph import (
 )
 from cflow_plugin.deploy.model_info import model_info
 from cflow_plugin.deploy.quantization import check_data, compress
-from cflow_plugin.deploy.runtime import BITS
+from cflow_plugin.deploy.resizing import steps_of
+from cflow_plugin.deploy.runtime import BITS, ENCODER_KEY
 from cflow_plugin.deploy.thresholds import threshold_images, thresholds_of
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
@@ -192,8 +194,15 @@ class FoldedExport(_Base):
         return bits or 8
 
     def _notes(self, post_processor: nn.Module | None) -> dict[str, str]:
-        """What a file says of images and decisions, and the reference images' scores, normalised as its own are."""
-        notes = {BITS: str(self._bits())}
+        """What a file says of images, encoder and decisions, and the reference images' scores, as its own are."""
+        encoder = self.model.encoder
+        about: dict[str, Any] = {"backbone": encoder.backbone, "layers": encoder.layers, "weights": encoder.source}
+        for step in steps_of(getattr(self.pre_processor, "transform", None)):
+            if isinstance(step, Resize):
+                about |= {"image_size": step.size, "interpolation": cast("InterpolationMode", step.interpolation).value}
+            elif isinstance(step, Normalize):
+                about |= {"mean": list(step.mean), "std": list(step.std)}
+        notes = {BITS: str(self._bits()), ENCODER_KEY: json.dumps(about)}
         if isinstance(post_processor, ConformalPostProcessor):
             notes[DECISIONS_KEY] = post_processor.describe()
             if post_processor.is_calibrated:

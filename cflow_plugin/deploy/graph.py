@@ -26,10 +26,11 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule
 from openvino import opset13 as operations
-from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
+from openvino.preprocess import ColorFormat, PrePostProcessor
 from torch import nn
 
 from cflow_plugin.deploy.resizing import ExactResize, exportable
+from cflow_plugin.deploy.runtime import RESIZING
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.images.pre_processing import CflowPreProcessor
@@ -56,6 +57,7 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         gain: What values are multiplied by, see :class:`~cflow_plugin.images.pre_processing.CflowPreProcessor`.
         resizes: Whether images may have another size before it. The graph's own resizing smooths as the trained model's
             does; anomalib leaves that out of what it exports.
+        interpolation: How it resizes, ``bilinear`` or ``bicubic``.
 
     Raises:
         CflowError: If that size is not known, or the pre-processing holds what a file cannot do.
@@ -65,7 +67,9 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         super().__init__()
         steps = exportable(getattr(model.pre_processor, "transform", None))
         first = steps[0] if steps else None
-        size = first.size if isinstance(first, ExactResize) and len(first.size) == 2 else None
+        size, self.interpolation = None, "bilinear"
+        if isinstance(first, ExactResize) and len(first.size) == 2:
+            size, self.interpolation = first.size, first.interpolation
         self.transform = nn.Sequential(*(steps if size is None else steps[1:]))
         if size is None and input_size is None:
             msg = "The model's pre-processing lets images keep their size; name the one to export for: --input_size."
@@ -74,7 +78,7 @@ class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportInc
         given = None if input_size is None else (input_size[0], input_size[1])
         self.size = cast("tuple[int, int]", size or given)
         self.resizes = given != self.size
-        self.resize = ExactResize(self.size)
+        self.resize = ExactResize(self.size, self.interpolation)
         pre_processor = model.pre_processor
         self.gain = pre_processor.gain if isinstance(pre_processor, CflowPreProcessor) else 1.0
         self.post_processor = _exportable(model.post_processor)
@@ -191,7 +195,7 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
         steps.input().model().set_layout(ov.Layout("NCHW"))
         tensor = steps.input().tensor().set_layout(ov.Layout("NCHW"))
         tensor.set_spatial_static_shape(*input_size) if input_size else tensor.set_spatial_dynamic_shape()
-        steps.input().preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+        steps.input().preprocess().resize(RESIZING[inference.interpolation])
         converted = steps.build()
     _keep_positions_in_parts(converted, inference.model)
     _name_matrix_products(converted, inference.model)

@@ -1,8 +1,8 @@
 """Pre-processing that means the same in every runtime: resizing as plain arithmetic, crops, and what is refused."""
 
-__all__ = ["ExactResize", "exportable"]
+__all__ = ["ExactResize", "exportable", "steps_of"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,7 +13,6 @@ from torchvision.transforms.v2 import (
     Compose,
     Grayscale,
     Identity,
-    InterpolationMode,
     Normalize,
     Pad,
     Resize,
@@ -29,15 +28,18 @@ _EXPORTABLE = (CenterCrop, Grayscale, Identity, Normalize, Pad, ToDtype, ToImage
 
 
 class ExactResize(nn.Module):
-    r"""Bilinear resizing with smoothing, as torch does it, in operations that mean the same everywhere.
+    r"""Bilinear or bicubic resizing with smoothing, as torch does it, in operations that mean the same everywhere.
 
     Runtimes read ONNX's ``Resize`` and some ignore its ``antialias``. Here each row of the result is a weighted mean of
-    rows of the image, :math:`y = W_h x W_w^T`, with the triangle filter
+    rows of the image, :math:`y = W_h x W_w^T`,
 
-    .. math:: W_{ij} \propto \max\big(0, 1 - |j + \tfrac12 - (i + \tfrac12) s| / \max(s, 1)\big), \qquad s = old / new .
+    .. math:: W_{ij} \propto f\big((j + \tfrac12 - (i + \tfrac12) s) / \max(s, 1)\big), \qquad s = old / new ,
+
+    with :math:`f(d) = \max(0, 1 - |d|)`, or Keys' cubic with a = -1/2 (IEEE Trans. ASSP 29, 1981).
 
     Args:
         size: Height and width afterwards; or one number, which the shorter side will have.
+        interpolation: ``bilinear`` or ``bicubic``.
 
     Example:
         >>> images = torch.rand(1, 3, 50, 70)
@@ -46,9 +48,11 @@ class ExactResize(nn.Module):
         True
     """
 
-    def __init__(self, size: Sequence[int]) -> None:
+    def __init__(self, size: Sequence[int], interpolation: str = "bilinear") -> None:
         super().__init__()
         self.size = tuple(size)
+        self.interpolation = interpolation
+        self._filter = _FILTERS[interpolation]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Resize images ``(B, C, H, W)``."""
@@ -57,18 +61,31 @@ class ExactResize(nn.Module):
             height, width = images.shape[-2:]
             longer = int(size[0] * max(height, width) / min(height, width))
             size = (size[0], longer) if height <= width else (longer, size[0])
-        rows = _weights(images[0, 0, :, 0], size[0])
-        columns = _weights(images[0, 0, 0, :], size[1])
+        rows = _weights(images[0, 0, :, 0], size[0], self._filter)
+        columns = _weights(images[0, 0, 0, :], size[1], self._filter)
         return rows @ (images @ columns.T)
 
 
-def _weights(line: torch.Tensor, new: int) -> torch.Tensor:
+def _triangle(distance: torch.Tensor) -> torch.Tensor:
+    return (1 - distance).clamp(min=0)
+
+
+def _cubic(distance: torch.Tensor) -> torch.Tensor:
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(distance)))
+
+
+_FILTERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bilinear": _triangle, "bicubic": _cubic}
+
+
+def _weights(line: torch.Tensor, new: int, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The matrix ``(new, old)`` that resizes a line of pixels; only its length counts, which a graph may leave open."""
     ones = torch.ones_like(line)
     scale = ones.sum() / new
     place = ones.cumsum(0) - 0.5
     centre = (torch.arange(new, dtype=line.dtype, device=line.device) + 0.5) * scale
-    weights = (1 - (place - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = of((place - centre[:, None]).abs() / scale.clamp(min=1))
     return weights / weights.sum(1, keepdim=True)
 
 
@@ -79,34 +96,39 @@ def exportable(transform: Transform | None) -> list[nn.Module]:
         transform: What is done to images before the encoder.
 
     Raises:
-        CflowError: If a step is random, resizes in another way than bilinearly with smoothing, or is not known to mean
+        CflowError: If a step is random, resizes without smoothing or by another interpolation, or is not known to mean
             the same in every runtime.
     """
-    steps: list[Any] = _flat(transform)
-    return [_exportable(step) for step in steps]
+    return [_exportable(step) for step in steps_of(transform)]
 
 
-def _flat(transform: Any) -> list[Any]:
+def steps_of(transform: Any) -> list[Any]:
+    """A transform's steps, whatever they are packed in.
+
+    Args:
+        transform: A transform, or ``None``.
+    """
     if transform is None:
         return []
     if isinstance(transform, Compose | nn.Sequential):
         parts = transform.transforms if isinstance(transform, Compose) else transform
-        return [step for part in parts for step in _flat(part)]
+        return [step for part in parts for step in steps_of(part)]
     return [transform]
 
 
 def _exportable(step: Any) -> nn.Module:
     if isinstance(step, Resize):
         kind = getattr(step.interpolation, "value", step.interpolation)
-        if kind != InterpolationMode.BILINEAR.value or not step.antialias or step.max_size is not None:
+        if kind not in _FILTERS or not step.antialias or step.max_size is not None:
             message = (
-                f"The pre-processing resizes by {step}; a file can do so with bilinear interpolation, antialias=True."
+                f"The pre-processing resizes by {step}; a file can do so with bilinear or bicubic interpolation, "
+                "antialias=True."
             )
             raise CflowError(message)
         if step.size is None:
             message = f"The pre-processing's {step} has no size that a file could state."
             raise CflowError(message)
-        return ExactResize([step.size] if isinstance(step.size, int) else step.size)
+        return ExactResize([step.size] if isinstance(step.size, int) else step.size, kind)
     if isinstance(step, _EXPORTABLE) or type(step).__module__.startswith("anomalib."):
         return deepcopy(step)
     kinds = ", ".join(kind.__name__ for kind in (Resize, *_EXPORTABLE))

@@ -1,7 +1,18 @@
 """An exported model, ready for pictures as OpenCV reads them."""
 
-__all__ = ["BITS", "ExportedModel", "bits_of", "compile_exported", "read_exported"]
+__all__ = [
+    "BITS",
+    "ENCODER_KEY",
+    "RESIZING",
+    "ExportedModel",
+    "bits_of",
+    "compile_exported",
+    "encoder_of",
+    "read_exported",
+]
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +49,31 @@ class ExportedModel(NamedTuple):
         return self.compiled(inputs)
 
 
+ENCODER_KEY = "cflow_plugin_encoder"
+"""Under this name an exported file says what its encoder is and what input it takes, as JSON."""
+
+RESIZING: Mapping[str, ResizeAlgorithm] = {
+    "bilinear": ResizeAlgorithm.RESIZE_BILINEAR_PILLOW,
+    "bicubic": ResizeAlgorithm.RESIZE_BICUBIC_PILLOW,
+}
+"""OpenVINO's operations that smooth what they reduce, as torch's do, by their names in torch."""
+
+
+def encoder_of(model: ov.Model) -> dict[str, Any]:
+    """What an exported file says of its encoder: backbone, layers, where the weights are from, and the input it takes.
+
+    Args:
+        model: As OpenVINO has read it from an .xml or .onnx file.
+
+    Returns:
+        Nothing where it is of another model or an older release.
+    """
+    for path in ([ENCODER_KEY], ["framework", ENCODER_KEY]):  # of an .xml file, of an .onnx file
+        if model.has_rt_info(path):
+            return json.loads(model.get_rt_info(path).astype(str))
+    return {}
+
+
 def read_exported(path: Path) -> ov.Model:
     """Read a model that takes ``(1, H, W, 3)``, bytes, blue first, of any size.
 
@@ -67,6 +103,7 @@ def read_exported(path: Path) -> ov.Model:
             "Train it with --model.target_false_alarm_rate, or with good and defective images to validate on."
         )
         raise CflowError(message)
+    encoder = encoder_of(model)
     shape = model.input(0).partial_shape
     # One image at a time. With a batch of any size OpenVINO 2026.4 compiles some models wrongly for several streams: a
     # quarter of all compilations of one with the filter bank, none of one with ResNet-18.
@@ -83,7 +120,7 @@ def read_exported(path: Path) -> ov.Model:
     prepare.convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(65535.0 if deep else 255.0)
     if shape[2].is_static:
         tensor.set_spatial_dynamic_shape()
-        prepare.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+        prepare.resize(RESIZING[encoder.get("interpolation", "bilinear")])
     return steps.build()
 
 

@@ -2,13 +2,14 @@
 
 __all__ = ["CflowPreProcessor"]
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
 from lightning import LightningModule, Trainer
-from torchvision.transforms.v2 import Transform
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from cflow_plugin.errors import CflowError
 
@@ -76,6 +77,21 @@ class CflowPreProcessor(PreProcessor):
             )
             raise CflowError(message)
         return images
+
+    @classmethod
+    def of(
+        cls, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], interpolation: str = "bilinear"
+    ) -> "CflowPreProcessor":
+        """Resize and normalise.
+
+        Args:
+            size: Height and width in pixels.
+            mean: Mean of each colour, of values between 0 and 1.
+            std: Standard deviation of each colour.
+            interpolation: ``bilinear`` or ``bicubic``; both smooth what they reduce.
+        """
+        resize = Resize(size, InterpolationMode(interpolation), antialias=True)
+        return cls(Compose([resize, Normalize(list(mean), list(std))]))
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Transform images ``(B, 3, H, W)``."""

@@ -1,62 +1,25 @@
-"""The encoder of section 4.1: a pretrained, frozen CNN and the layers its feature pyramid is taken from."""
+"""The encoder of section 4.1: a pretrained, frozen network and the layers its feature pyramid is taken from."""
 
-__all__ = ["BACKBONES", "Backbone", "Encoder", "Padding"]
+__all__ = ["Encoder", "Padding"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-import timm
 import torch
+from timm.models import create_feature_extractor
 from torch import fx, nn
 from torch.nn import functional
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from cflow_plugin.anomalib_patches.traced_checks import is_shape_check
 from cflow_plugin.errors import CflowError, first_line
+from cflow_plugin.model.backbones import IMAGENET, Feature, build, choose_layers, features_of, input_settings, named
 from cflow_plugin.model.filter_bank import FilterBank
 
 _LARGE_ENOUGH = 64  # pixels, for every layer of every backbone
 
+_OVERLAPPING = 4  # pixels: up to this stride a network begins with convolutions that overlap or lose next to nothing
+
 Padding = Literal["zeros", "reflect"]
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What the paper takes from one backbone.
-
-    Attributes:
-        weights: timm's name of the weights the paper's figures rest on.
-        layers: Layers of the three-scale pyramid, fine to coarse (the paper's pooling layers 1, 2 and 3).
-        channels: Length of a feature vector in each of the layers.
-        strides: Input pixels to a step in each layer's feature map.
-    """
-
-    weights: str
-    layers: tuple[str, ...]
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-BACKBONES: Mapping[str, Backbone] = {
-    "resnet18": Backbone(
-        weights="resnet18.tv_in1k", layers=("layer2", "layer3", "layer4"), channels=(128, 256, 512), strides=(8, 16, 32)
-    ),
-    "wide_resnet50_2": Backbone(
-        weights="wide_resnet50_2.tv_in1k",
-        layers=("layer2", "layer3", "layer4"),
-        channels=(512, 1024, 2048),
-        strides=(8, 16, 32),
-    ),
-    # The original code hooks the projections that end these stages; the last one lies before timm's own 960 channels.
-    "mobilenetv3_large_100": Backbone(
-        weights="mobilenetv3_large_100.ra_in1k",
-        layers=("blocks.2", "blocks.4", "blocks.5"),
-        channels=(40, 112, 160),
-        strides=(8, 16, 32),
-    ),
-}
-"""The paper's backbones (Table 2). Any other timm CNN works too, with its layers named."""
 
 
 class Encoder(nn.Module):
@@ -64,19 +27,28 @@ class Encoder(nn.Module):
 
     It has random weights until :func:`cflow_plugin.model.weights.load` is called or a checkpoint is restored: a trained
     model brings its encoder's weights with it. It is in eval mode always, whatever ``train()`` says, and
-    none of its parameters takes a gradient.
+    none of its parameters takes a gradient. What timm offers as features is taken by its own interface, which leaves
+    out class token and registers; a layer inside a stage is cut out of the network by tracing it.
 
     Args:
         backbone: Name of a timm model, or ``gabor`` for a fixed filter bank that needs no weights.
-        layers: Names of the layers to take features from, fine to coarse. ``None`` takes the paper's three.
+        layers: Layers to take features from, fine to coarse: by name, by number among timm's features, or by stride
+            (``stride8``). ``None`` takes the paper's three, or of other networks what
+            :func:`~cflow_plugin.model.backbones.choose_layers` says.
         neighbourhood: Features are averaged over this many cells in either direction, one number for all layers or
             one for each; 1 takes them as they are. ``None`` takes those of the finest layer as they are, and averages
             the others over 3: coarse evidence says whether something is wrong, fine evidence where.
         padding: What the backbone's convolutions see beyond the border: zeros, as when it was trained, or their
             mirrored input, as in the original code's ResNets.
+        image_size: Height and width of the images, in pixels. A size that the backbone's patches or windows do not
+            divide is rounded, with a word. Without it images may have any size, if the backbone takes any.
 
     Attributes:
+        layers: Names of the layers.
         channels: Length D_k of a feature vector of each layer.
+        image_size: Height and width of the images, rounded where it had to be.
+        input: Mean, deviation and interpolation that the weights were trained with.
+        source: Where the weights come from.
 
     Raises:
         CflowError: If backbone or layer is unknown, a layer's output is not a feature map, ``neighbourhood`` is not
@@ -91,72 +63,102 @@ class Encoder(nn.Module):
     def __init__(
         self,
         backbone: str,
-        layers: Sequence[str] | None = None,
+        layers: Sequence[str | int] | None = None,
         neighbourhood: int | Sequence[int] | None = 1,
         padding: Padding = "zeros",
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.source: str | None = None
         self._neighbourhood = neighbourhood
+        self._numbers: dict[str, int] = {}  # of the layers among timm's features, unless they are traced
+        if image_size is not None and not (isinstance(image_size, Sequence) and len(image_size) == 2):
+            msg = f"image_size is a height and a width, for example (256, 256); got {image_size!r}."
+            raise CflowError(msg)
+        size = None if image_size is None else (image_size[0], image_size[1])
         if backbone == "gabor":
-            if padding != "zeros":
-                msg = "The filter bank has a padding of its own: leave padding out, or choose another backbone."
-                raise CflowError(msg)
-            self._build_filter_bank(layers)
-            return
-        try:
-            network = timm.create_model(backbone, pretrained=False).eval()
-        except RuntimeError as error:
-            similar = ", ".join(timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:8])
-            hint = f" Similar names: {similar}." if similar else ""
-            msg = f"timm knows no backbone named {backbone!r}.{hint}"
-            raise CflowError(msg) from error
-        if layers is None:
-            if backbone not in BACKBONES:
-                msg = (
-                    f"The paper names no layers for {backbone!r}; name the ones to take features from, for example "
-                    f"layers=[...] out of {', '.join(_module_names(network))}."
-                )
-                raise CflowError(msg)
-            layers = BACKBONES[backbone].layers
-        self.layers = list(layers)
+            self._build_filter_bank(layers, padding)
+            self.image_size, self.input = size, IMAGENET
+        else:
+            self._asked = layers, padding
+            _, self.image_size = build(backbone, size, self._cut)
+            self.input = input_settings(backbone)
+        self.network.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_add_counters)
+        self.eval()
+
+    def _cut(self, network: nn.Module, size: tuple[int, int]) -> None:
+        """Take what is needed of a network, and see what comes out for images of a size."""
+        asked, padding = self._asked
+        features = features_of(network)
+        if features and features[0].stride > _OVERLAPPING and any(side % features[0].stride for side in size):
+            msg = f"patches of {features[0].stride} pixels do not divide {size[0]}×{size[1]}"
+            raise ValueError(msg)  # they would leave pixels out: another size is tried
+        self.layers = choose_layers(self.backbone, features) if asked is None else named(asked, self.backbone, features)
         self._check_neighbourhood()
-        unknown = [layer for layer in self.layers if layer not in dict(network.named_modules())]
+        offered = [feature.name for feature in features]
+        unknown = [
+            layer for layer in self.layers if layer not in offered and layer not in dict(network.named_modules())
+        ]
         if unknown or not self.layers:
             msg = (
-                f"{backbone!r} has no layer {', '.join(map(repr, unknown)) or 'named'}; "
-                f"choose from {', '.join(_module_names(network))}."
+                f"{self.backbone!r} has no layer {', '.join(map(repr, unknown)) or 'named'}; "
+                f"choose from {', '.join(offered)}, or a module inside one of them."
             )
             raise CflowError(msg)
         if padding == "reflect":
-            _reflect(network)
-        try:
-            self.network = _truncate(network, self.layers)
-            pyramid = self(torch.zeros(1, 3, _LARGE_ENOUGH, _LARGE_ENOUGH))
-        except Exception as error:  # tracing runs the model's own code, which may refuse in any way
-            msg = f"{backbone!r} cannot serve as an encoder: cutting it at its layers failed ({first_line(error)})."
-            raise CflowError(msg) from error
-        self.network.requires_grad_(False)
-        self.eval()
-        for layer, features in zip(self.layers, pyramid, strict=True):
-            if features.ndim != 4:
+            _reflect(network, self.backbone)
+        if hasattr(network, "forward_intermediates") and set(self.layers) <= set(offered):
+            self._numbers = {layer: offered.index(layer) for layer in self.layers}
+            cast("Any", network).prune_intermediate_layers(sorted(self._numbers.values()), prune_norm=True)
+            self.network = network
+        else:
+            try:
+                self.network = _truncate(network, self.layers)
+            except Exception as error:  # tracing runs the model's own code, which may refuse in any way
                 msg = (
-                    f"Layer {layer!r} of {self.backbone!r} gives a tensor of shape {tuple(features.shape)}, not a "
-                    "feature map (batch, channels, height, width); choose a layer of a convolutional backbone."
+                    f"{self.backbone!r} cannot be cut at {', '.join(self.layers)} ({first_line(error)}); "
+                    f"choose from {', '.join(offered)}."
+                )
+                raise CflowError(msg) from error
+        self.channels = self._look(size, dict(zip(offered, features, strict=True)))
+
+    def _look(self, size: tuple[int, int], features: Mapping[str, Feature]) -> list[int]:
+        """Channels of what comes out; what is not a map of them is refused."""
+        self._channels_last: set[str] = set()
+        found = self._features(torch.zeros(1, 3, *size))
+        wide = None
+        for layer, part in found.items():
+            if part.ndim == 4 and layer not in features:
+                # timm says what it offers to be; what a traced layer puts last shows by what grows with the image.
+                wide = wide or self._features(torch.zeros(1, 3, size[0], 2 * size[1]))
+                if wide[layer].shape[2] > part.shape[2]:
+                    self._channels_last.add(layer)
+        pyramid = self._pyramid(found)
+        for layer, part in zip(self.layers, pyramid, strict=True):
+            expected = features[layer].channels if layer in features else None
+            if part.ndim != 4 or expected not in (None, part.shape[1]):
+                of = "" if expected is None else f"{expected} "
+                msg = (
+                    f"Layer {layer!r} of {self.backbone!r} gives a tensor of shape {tuple(part.shape)}, not a feature "
+                    f"map (batch, {of}channels, height, width); choose from {', '.join(features)}."
                 )
                 raise CflowError(msg)
-        self.channels = [features.shape[1] for features in pyramid]
+        return [part.shape[1] for part in pyramid]
 
-    def _build_filter_bank(self, layers: Sequence[str] | None) -> None:
-        self.layers = list(layers or FilterBank.layers[:3])
+    def _build_filter_bank(self, layers: Sequence[str | int] | None, padding: Padding) -> None:
+        if padding != "zeros":
+            msg = "The filter bank has a padding of its own: leave padding out, or choose another backbone."
+            raise CflowError(msg)
+        self.layers = [str(layer) for layer in layers or FilterBank.layers[:3]]
         unknown = [layer for layer in self.layers if layer not in FilterBank.layers]
         if unknown:
             msg = f"'gabor' has no layer {', '.join(map(repr, unknown))}; choose from {', '.join(FilterBank.layers)}."
             raise CflowError(msg)
         self._check_neighbourhood()
         self.network = FilterBank(self.layers)
-        self.eval()
-        self.channels = [features.shape[1] for features in self(torch.zeros(1, 3, _LARGE_ENOUGH, _LARGE_ENOUGH))]
+        self.channels = self._look((_LARGE_ENOUGH, _LARGE_ENOUGH), {})
 
     def _check_neighbourhood(self) -> None:
         cells = self.neighbourhood
@@ -182,11 +184,28 @@ class Encoder(nn.Module):
         Returns:
             One feature map ``(B, D_k, H_k, W_k)`` for each layer, in the order of ``layers``.
         """
-        features = self.network(images)
-        pyramid = [features[layer] for layer in self.layers]
         return [
             part if cells == 1 else functional.avg_pool2d(part, cells, 1, cells // 2, count_include_pad=False)
-            for part, cells in zip(pyramid, self.neighbourhood, strict=True)
+            for part, cells in zip(self._pyramid(self._features(images)), self.neighbourhood, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _features(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """What the layers put out, as the network has it."""
+        if not self._numbers:
+            return self.network(images)
+        ordered = sorted(self._numbers, key=self._numbers.__getitem__)
+        numbers = [self._numbers[layer] for layer in ordered]
+        network = cast("Any", self.network)
+        found = network.forward_intermediates(images, numbers, output_fmt="NCHW", intermediates_only=True)
+        return dict(zip(ordered, found, strict=True))
+
+    def _pyramid(self, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The same in the order of the layers, channels in front."""
+        maps = [features[layer] for layer in self.layers]
+        return [
+            part.permute(0, 3, 1, 2) if layer in self._channels_last else part
+            for layer, part in zip(self.layers, maps, strict=True)
         ]
 
     @property
@@ -220,6 +239,17 @@ class Encoder(nn.Module):
                 f"{self.backbone!r}; choose a larger --model.image_size, or finer layers."
             )
             raise CflowError(msg) from reason
+
+    def fits(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether all that is needed is among weights, in the right shape.
+
+        Args:
+            weights: Tensors by their names.
+        """
+        return all(
+            name.endswith("num_batches_tracked") or (name in weights and weights[name].shape == tensor.shape)
+            for name, tensor in self.network.state_dict().items()
+        )
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], source: str) -> None:
         """Take over weights in timm's parameter names.
@@ -256,11 +286,22 @@ class Encoder(nn.Module):
         self.network.load_state_dict({name: weights.get(name, tensor) for name, tensor in needed.items()})
 
 
-def _reflect(network: nn.Module) -> None:
+def _add_counters(encoder: Encoder, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Let checkpoints lack batch norm's counters of training batches: how a network was traced decides on them."""
+    for name, tensor in encoder.network.state_dict(prefix=f"{prefix}network.").items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, tensor)
+
+
+def _reflect(network: nn.Module, backbone: str) -> None:
     """Let all convolutions that pad mirror their input."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and any(module.padding):
-            module.padding_mode = "reflect"
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    padded = [module for module in convolutions if module.padding not in ("valid", 0, (0, 0))]
+    if not padded or any(type(module) is not nn.Conv2d for module in convolutions):
+        msg = f"The padding of {backbone!r} cannot be changed: it pads by other means than torch's convolutions."
+        raise CflowError(msg)
+    for module in padded:
+        module.padding_mode = "reflect"
 
 
 def _truncate(network: nn.Module, layers: Sequence[str]) -> nn.Module:
@@ -273,13 +314,6 @@ def _truncate(network: nn.Module, layers: Sequence[str]) -> nn.Module:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return fx.GraphModule(network, graph).eval()
-
-
-def _module_names(network: nn.Module) -> list[str]:
-    """Layers a user may want: blocks one or two levels deep."""
-    names = [name for name, _ in network.named_modules() if name and name.count(".") <= 1]
-    stages = [name for name in names if any(part in name for part in ("layer", "block", "stage", "features"))]
-    return [name for name in stages or names if name.count(".") == 0 or name.split(".")[-1].isdigit()][:40]
 
 
 def _enumerate(names: Sequence[str], limit: int = 5) -> str:

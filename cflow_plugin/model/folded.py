@@ -4,12 +4,16 @@ __all__ = ["FoldedFlow", "FoldedModel", "in_full_precision"]
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from functools import partial
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from anomalib.data import InferenceBatch
-from torch import fx, nn
+from timm.layers.conv2d_same import Conv2dSame
+from torch import nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -18,6 +22,9 @@ from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.model.position import positional_encoding_2d
 from cflow_plugin.model.scoring import AnomalyScoring
 from cflow_plugin.modules import ModuleListOf, as_on, in_double
+
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not what is made of them: those that normalise their weights, for example
+_KINDS = (*_CONVOLUTIONS, nn.BatchNorm2d)
 
 
 class FoldedModel(nn.Module):
@@ -38,10 +45,12 @@ class FoldedModel(nn.Module):
         self, encoder: Encoder, decoders: Iterable[ConditionalFlow], scoring: AnomalyScoring, size: tuple[int, int]
     ) -> None:
         super().__init__()
-        like = next(encoder.parameters(), next(encoder.buffers()))
+        like = next(chain(encoder.parameters(), encoder.buffers()))
         self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.encoder = _fold_batch_norm(encoder).to(self.dtype)
-        pyramid = self.encoder(torch.zeros(1, 3, *size, dtype=self.dtype, device=like.device))
+        encoder = encoder if like.dtype == self.dtype else deepcopy(encoder).to(self.dtype)
+        images = torch.linspace(-1, 1, 3 * size[0] * size[1], dtype=self.dtype, device=like.device).view(1, 3, *size)
+        self.encoder = _fold_batch_norm(encoder, images)
+        pyramid = self.encoder(images)
         sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
         self.flows = ModuleListOf[FoldedFlow](
             FoldedFlow(in_full_precision(decoder), *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
@@ -235,32 +244,59 @@ class _Rotation(nn.Module):
         return self.linear(torch.cat([first, second], -1)).split(self.sizes, dim=-1)
 
 
-def _fold_batch_norm(encoder: Encoder) -> Encoder:
+@torch.no_grad()
+def _fold_batch_norm(encoder: Encoder, images: torch.Tensor) -> Encoder:
     """A copy of the encoder whose batch norms, constant in eval mode, are part of the convolutions before them."""
     folded = deepcopy(encoder)
-    if isinstance(folded.network, fx.GraphModule):
-        _fuse(folded.network)
+    pairs = _norms_behind_convolutions(folded, images)
+    for convolution, norm in pairs:
+        before, behind = folded.get_submodule(convolution), folded.get_submodule(norm)
+        folded.set_submodule(convolution, fuse_conv_bn_eval(cast("nn.Conv2d", before), cast("nn.BatchNorm2d", behind)))
+        # timm's own kind has an activation in it.
+        folded.set_submodule(norm, getattr(behind, "act", nn.Identity()))
+    if pairs and not _agree(encoder(images), folded(images)):
+        # Something that is no module takes a convolution's output, too, or the network looks into its layers.
+        folded = deepcopy(encoder)
     # Torch's convolutions run faster on channels that lie side by side, and the decoders want their vectors that way.
     return folded.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  a keyword it documents
 
 
-def _fuse(network: fx.GraphModule) -> None:
-    """Let each convolution do what the batch norm does that alone takes its output."""
-    graph = network.graph
-    modules = dict(network.named_modules())
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in list(graph.nodes):
-        [source] = node.all_input_nodes if len(node.all_input_nodes) == 1 else [None]
-        if node.op != "call_module" or source is None or source.op != "call_module" or len(source.users) > 1:
-            continue
-        convolution, norm = modules[source.target], modules[node.target]
-        if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or calls[source.target] > 1:
-            continue
-        network.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
-        node.replace_all_uses_with(source)
-        graph.erase_node(node)
-    network.delete_all_unused_submodules()
-    network.recompile()
+def _norms_behind_convolutions(network: nn.Module, images: torch.Tensor) -> list[tuple[str, str]]:
+    """Names of convolutions and of the batch norms that alone of all modules take their outputs."""
+    outputs: dict[int, tuple[str, torch.Tensor]] = {}
+    takers: dict[str, set[str]] = {}
+    calls: Counter[str] = Counter()
+
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        found = outputs.get(id(inputs[0])) if inputs else None
+        if found is not None:
+            takers.setdefault(found[0], set()).add(name)
+        if type(module) in _CONVOLUTIONS:
+            outputs[id(output)] = name, output  # kept, so that no other tensor gets its number
+
+    leaves = {name: module for name, module in network.named_modules() if isinstance(module, _KINDS)}
+    others = {name: module for name, module in network.named_modules() if not any(module.children())}
+    handles = [
+        module.register_forward_hook(partial(note, name)) for name, module in {**others, **leaves}.items() if name
+    ]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return [
+        (convolution, norm)
+        for convolution, names in takers.items()
+        for norm in names
+        if len(names) == 1 and isinstance(leaves.get(norm), nn.BatchNorm2d) and calls[convolution] == calls[norm] == 1
+    ]
+
+
+def _agree(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> bool:
+    """Whether features are the same but for rounding."""
+    rounding = 1e3 * torch.finfo(expected[0].dtype).eps
+    return all(
+        (a - b).abs().max() <= rounding * a.abs().max().clamp(min=1e-6) for a, b in zip(expected, found, strict=True)
+    )
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:

@@ -23,7 +23,7 @@ class CflowModel(nn.Module):
 
     Args:
         backbone: Name of the encoder, see :class:`~cflow_plugin.model.encoder.Encoder`.
-        layers: Layers of its feature pyramid, fine to coarse; ``None`` takes the paper's three.
+        layers: Layers of its feature pyramid, fine to coarse; see :class:`~cflow_plugin.model.encoder.Encoder`.
         condition_dims: Length of the positional condition; 0 makes unconditional decoders (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the blocks' log-scales.
@@ -34,6 +34,7 @@ class CflowModel(nn.Module):
         top_fraction: Part of the map's highest values that makes the image score.
         position_correction: See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
+        image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
 
     Raises:
         CflowError: If a setting is out of range, or the encoder cannot be built.
@@ -42,7 +43,7 @@ class CflowModel(nn.Module):
     def __init__(
         self,
         backbone: str = "resnet18",
-        layers: Sequence[str] | None = None,
+        layers: Sequence[str | int] | None = None,
         condition_dims: int = 128,
         coupling_blocks: int = 8,
         clamp: float = 1.9,
@@ -53,10 +54,11 @@ class CflowModel(nn.Module):
         top_fraction: float = 0.0025,
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.condition_dims = condition_dims
-        self.encoder = Encoder(backbone, layers, neighbourhood, padding)
+        self.encoder = Encoder(backbone, layers, neighbourhood, padding, image_size)
         self.decoders = ModuleListOf[ConditionalFlow](
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
             for channels in self.encoder.channels

@@ -221,7 +221,8 @@ def check_weights(found: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     Raises:
         CflowError: If one is not, or a tensor of weights is not finite.
     """
-    needed = [f"model.{name}" for name in model.state_dict() if not name.startswith("scoring.")]
+    names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]  # which nothing reads
+    needed = [f"model.{name}" for name in names if not name.startswith("scoring.")]
     if missing := [name for name in needed if name not in found]:
         message = (
             f"The checkpoint is of another kind of model: it lacks {missing[0]}, and {len(missing)} weights in all."

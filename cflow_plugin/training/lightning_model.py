@@ -48,13 +48,12 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     then takes feature vectors of many images and positions at each scale and descends the summed loss of all scales.
 
     Args:
-        backbone: timm name of the encoder. ``resnet18``, ``wide_resnet50_2`` and ``mobilenetv3_large_100`` are the
-            paper's; any other timm CNN works with its ``layers`` named. ``gabor`` is a fixed bank of filters that needs
-            no download, for trying things out.
-        layers: Layers of the encoder to take features from, fine to coarse. By default the paper's three.
-        pre_trained: Give the encoder ImageNet weights: those of ``weights`` or else timm's; ``false``: no weights.
-        weights: Local file with the encoder's weights (.safetensors or .pth), for machines without a network.
-        image_size: Height and width in pixels that images are resized to.
+        backbone: timm name of the encoder, a CNN or a transformer; `cflow-plugin encoders` lists them.
+        layers: Layers to take features from, fine to coarse: names, numbers among timm's features, or ``stride8``. By
+            default the paper's three, or those at strides 8, 16 and 32, or three blocks of a plain transformer.
+        pre_trained: Give the encoder trained weights: those of ``weights`` or else timm's; ``false``: no weights.
+        weights: Local file or folder with the encoder's weights, for machines without a network.
+        image_size: Height and width in pixels that images are resized to; rounded to what the encoder's patches take.
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the coupling blocks' log-scales.
@@ -113,7 +112,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     def __init__(
         self,
         backbone: str = "resnet18",
-        layers: list[str] | None = None,
+        layers: list[str | int] | None = None,
         pre_trained: bool = True,
         weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
@@ -150,13 +149,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         check_positive(learning_rate=learning_rate)
         check_not_negative(noise=noise, unseen_share=unseen_share, camera_variation=camera_variation)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
-        super().__init__(
-            pre_processor=self.pre_processing(pre_processor, image_size, bits),
-            post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
-        self.model: CflowModel = CflowModel(  # pyright: ignore[reportIncompatibleVariableOverride]
+        network = CflowModel(
             backbone=backbone,
             layers=layers,
             condition_dims=condition_dims,
@@ -169,7 +162,16 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             top_fraction=top_fraction,
             position_correction=position_correction,
             aggregation=aggregation,
+            image_size=image_size,
         )
+        super().__init__(
+            pre_processor=self.pre_processing(pre_processor, network.encoder, bits),
+            post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.hparams["image_size"] = network.encoder.image_size or image_size  # rounded where that was needed
+        self.model: CflowModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         self.progress = resuming.Progress()
         self.calibration = Calibration()
@@ -200,10 +202,9 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
 
     def on_fit_start(self) -> None:
         """Load ImageNet weights unless they are there: a restored model brings its own."""
-        if not self.progress.encoder_is_loaded:
+        if self.model.encoder.source is None:
             self.model.encoder.check_size(self.hparams["image_size"])
             encoder_weights.load(self.model.encoder, self.hparams["weights"], self.hparams["pre_trained"])
-        self.progress.encoder_is_loaded = True
 
     def vectors_of(self, images: DataLoader[Any]) -> VectorLoader:
         """What is trained on: feature vectors of the images, but for those that are held out for the thresholds.
@@ -272,7 +273,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run has to know beside weights."""
         super().on_save_checkpoint(checkpoint)
-        self.progress.write(checkpoint, self.reference)
+        self.progress.write(checkpoint, self.reference, self.model.encoder)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's settings, and note that the weights are its own.
@@ -285,7 +286,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         resuming.take_over_settings(self, checkpoint.get("hyper_parameters", {}))
         checkpoints.check_weights(checkpoint["state_dict"], self.model)
-        self.progress.read(checkpoint, self.reference)
+        self.progress.read(checkpoint, self.reference, self.model.encoder)
 
 
 publish("anomalib.models", CflowPlugin)

@@ -18,13 +18,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from cflow_plugin.errors import CflowError
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
+from cflow_plugin.model.backbones import IMAGENET
+from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.training.checkpoints import translate_errors
 from cflow_plugin.training.results import ResultFiles
 
 logger = logging.getLogger(__name__)
+
+_DEFAULT_SIZE = (256, 256)
 
 # anomalib lists every direct subclass of its module as a model, which this is not.
 _Module = AnomalibModule if TYPE_CHECKING else object
@@ -40,28 +43,21 @@ class OneClassMixin(_Module):
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize and normalise."""
-        return CflowPreProcessor(AnomalibModule.configure_pre_processor(image_size).transform)
+        """Resize, and normalise with ImageNet's constants; the encoder's own are taken by :meth:`pre_processing`."""
+        return CflowPreProcessor.of(image_size or _DEFAULT_SIZE, *IMAGENET)
 
-    @classmethod
-    def pre_processing(
-        cls, given: nn.Module | bool, image_size: tuple[int, int], bits: int | None = None
-    ) -> nn.Module | bool:
+    @staticmethod
+    def pre_processing(given: nn.Module | bool, encoder: Encoder, bits: int | None = None) -> nn.Module | bool:
         """The pre-processor that was asked for.
 
         Args:
-            given: A pre-processor, of which anomalib's own keeps its transform alone; or whether to use the default.
-            image_size: Height and width that the default one resizes to.
+            given: A pre-processor, of which anomalib's own keeps its transform alone; or whether to use the default,
+                which resizes and normalises as was done to the images that the encoder's weights were trained on.
+            encoder: The encoder.
             bits: Bits of a value in the images; ``None`` where the training images decide.
-
-        Raises:
-            CflowError: If the size is no height and width.
         """
         if given is True:
-            if not (isinstance(image_size, Sequence) and len(image_size) == 2):
-                message = f"image_size is a height and a width, for example (256, 256); got {image_size!r}."
-                raise CflowError(message)
-            given = cls.configure_pre_processor((image_size[0], image_size[1]))
+            given = CflowPreProcessor.of(encoder.image_size or _DEFAULT_SIZE, *encoder.input)
         return CflowPreProcessor(given.transform, bits) if isinstance(given, PreProcessor) else given
 
     @staticmethod

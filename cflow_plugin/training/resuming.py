@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from cflow_plugin.anomalib_patches.augmentations import resize_as_model_does
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.errors import CflowError
+from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.checkpoints import versions, warn_of_other_versions
 from cflow_plugin.training.optimization import Pace
@@ -31,7 +32,6 @@ class Progress:
     """How far a model has come, in this run and in the one that it goes on from.
 
     Attributes:
-        encoder_is_loaded: Whether the encoder has the weights it was asked to have.
         training_has_begun: Whether the decoders have seen training images.
         seed: Seed of the training batches and of the choice of reference images.
         planned_steps: Optimisation steps over which the learning rate falls.
@@ -40,7 +40,6 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.encoder_is_loaded = False
         self.training_has_begun = False
         self.seed: int | None = None
         self.planned_steps: int | None = None
@@ -77,12 +76,13 @@ class Progress:
             )
             raise CflowError(msg)
 
-    def write(self, checkpoint: dict[str, Any], reference: ReferenceImages) -> None:
+    def write(self, checkpoint: dict[str, Any], reference: ReferenceImages, encoder: Encoder) -> None:
         """Add to a checkpoint what a resumed run has to know, as plain values.
 
         Args:
             checkpoint: What Lightning writes.
             reference: The images that set the thresholds.
+            encoder: The encoder, whose weights' source is kept.
         """
         checkpoint[_KEY] = {
             "seed": self.seed,
@@ -90,21 +90,24 @@ class Progress:
             "pace": self.pace.state(),
             "reference_images": reference.chosen,
             "reference_files": reference.files,
+            "encoder_weights": encoder.source,
             "versions": versions(),
         }
 
-    def read(self, checkpoint: Mapping[str, Any], reference: ReferenceImages) -> None:
+    def read(self, checkpoint: Mapping[str, Any], reference: ReferenceImages, encoder: Encoder) -> None:
         """Go on from a checkpoint.
 
         Args:
             checkpoint: What Lightning read.
             reference: Is told which images set the thresholds.
+            encoder: The encoder, whose weights it brings.
         """
         found = checkpoint.get(_KEY, {})
         warn_of_other_versions(found.get("versions"))
         self.seed, self.planned_steps = found.get("seed"), found.get("planned_steps")
         self.pace.restore(found.get("pace", {}))
-        self.encoder_is_loaded = self.training_has_begun = True
+        self.training_has_begun = True
+        encoder.source = found.get("encoder_weights") or "a checkpoint that does not say where they are from"
         reference.chosen, reference.files = found.get("reference_images"), found.get("reference_files", [])
 
     def tests_what_was_trained(self, module: AnomalibModule, checkpoint: dict[str, Any]) -> bool:
@@ -136,18 +139,16 @@ def take_over_settings(module: AnomalibModule, found: Mapping[str, Any]) -> None
     """
     found = {name: list(value) if name == "image_size" else value for name, value in found.items()}
     built_with = {name: found[name] for name in inspect.signature(CflowModel).parameters if name in found}
-    other = {name: value for name, value in built_with.items() if value != module.hparams.get(name)}
+    given = {**module.hparams, "image_size": list(module.hparams["image_size"])}
+    other = {name: value for name, value in built_with.items() if value != given.get(name)}
     if other:
         module.model = CflowModel(**built_with).to(module.device)
-    if found.get("image_size") not in (None, list(module.hparams["image_size"])):
-        other["image_size"] = found["image_size"]
-        data = getattr(_trainer_of(module), "datamodule", None)
-        if data is not None:  # it resizes images, too, and was set up for the size that has been replaced
-            resize_as_model_does(data)
-    if other:
         settings = ", ".join(f"{name}={value}" for name, value in other.items())
         logger.info("The checkpoint was made with %s; this is what is used.", settings)
         module.hparams.update(other)
+    data = getattr(_trainer_of(module), "datamodule", None)
+    if data is not None:  # it resizes images, too, and was set up before the checkpoint brought its pre-processing
+        resize_as_model_does(data)
 
 
 def _trainer_of(module: AnomalibModule) -> Trainer | None:

@@ -85,15 +85,16 @@ class Spade(OneClassMixin, MemoryBankMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision, image_size)
         super().__init__(
-            pre_processor=self.pre_processing(pre_processor, image_size),
+            pre_processor=self.pre_processing(pre_processor, network.encoder),
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self.hparams["image_size"] = network.encoder.image_size or image_size  # rounded where that was needed
         self.pre_trained = pre_trained
         self.weights = weights
-        network = SpadeModel(backbone, layers, image_layer, k, kappa, sigma, half_precision)
         self.model: SpadeModel = network  # pyright: ignore[reportIncompatibleVariableOverride]  is any module there
 
     # What anomalib asks a model

@@ -37,6 +37,7 @@ class SpadeModel(nn.Module):
         kappa: Nearest positions to average over.
         sigma: Smoothing of the anomaly map, in pixels.
         half_precision: Keep the gallery's pyramids in float16.
+        image_size: Height and width of the images, see :class:`~cflow_plugin.model.encoder.Encoder`.
 
     Raises:
         CflowError: If a setting is out of range, or the encoder cannot be built.
@@ -54,6 +55,7 @@ class SpadeModel(nn.Module):
         kappa: int = 1,
         sigma: float = 4.0,
         half_precision: bool = False,
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("k", k), ("kappa", kappa)):
@@ -71,7 +73,7 @@ class SpadeModel(nn.Module):
         self.k = k
         self.kappa = kappa
         self.sigma = sigma
-        self.encoder = Encoder(backbone, list(dict.fromkeys([*layers, image_layer])))
+        self.encoder = Encoder(backbone, list(dict.fromkeys([*layers, image_layer])), image_size=image_size)
         self.gallery = Gallery(len(self.layers), half_precision)
         self.image_scale: torch.Tensor
         self.pixel_scale: torch.Tensor

@@ -34,7 +34,8 @@ from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.baselines.spade import Spade
 from cflow_plugin.deploy.graph import convert_to_openvino, free_dimensions, with_decisions
 from cflow_plugin.deploy.quantization import compress, quantize
-from cflow_plugin.model.encoder import BACKBONES, Encoder
+from cflow_plugin.model.backbones import BACKBONES
+from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.training.lightning_model import CflowPlugin
 
 Model = Literal["CflowPlugin", "encoder", "Cflow", "Padim", "Spade"]

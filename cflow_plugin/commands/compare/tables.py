@@ -13,7 +13,7 @@ import pandas as pd
 
 from cflow_plugin.commands.compare.cell import METRICS
 from cflow_plugin.commands.compare.published import CAPTIONS, published_table
-from cflow_plugin.model.encoder import BACKBONES
+from cflow_plugin.model.backbones import BACKBONES
 
 TITLES = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "AUPRO"}
 """What metrics are called."""
