@@ -71,7 +71,7 @@ def encoders(
     network's layers may be taken (--model.layers); those of the table are the default.
 
     Args:
-        search: List all of timm's that have this in their name, for example dino. Wildcards (*, ?) are understood.
+        search: List all of timm's that have this in their name, for example dino; shell wildcards are understood.
         here: Only those whose weights are on this machine.
         measure: Time each in OpenVINO (f32, batch 1, the median of ten runs), which takes some seconds an encoder.
         image_size: Height and width of the images to time, in pixels.

@@ -195,7 +195,7 @@ def build(
     asked = size or native
     first: Exception | None = None
     # Position embeddings that are made for the size need not be resampled for each image.
-    parameters = inspect.signature(type(network)).parameters
+    parameters = {name for kind in type(network).__mro__ for name in inspect.signature(kind.__init__).parameters}
     still = {"dynamic_img_size": False} if "dynamic_img_size" in parameters else {}
     for other in (asked, *_near(asked, network), native):
         for arguments in [{"img_size": other, **still}, {}] if "img_size" in parameters else [{}]:

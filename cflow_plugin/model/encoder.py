@@ -197,7 +197,7 @@ class Encoder(nn.Module):
         ordered = sorted(self._numbers, key=self._numbers.__getitem__)
         numbers = [self._numbers[layer] for layer in ordered]
         network = cast("Any", self.network)
-        found = network.forward_intermediates(images, numbers, output_fmt="NCHW", intermediates_only=True)
+        found = network.forward_intermediates(images, indices=numbers, output_fmt="NCHW", intermediates_only=True)
         return dict(zip(ordered, found, strict=True))
 
     def _pyramid(self, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
