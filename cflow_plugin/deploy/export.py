@@ -4,7 +4,7 @@ __all__ = ["FoldedExport"]
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import openvino
 from anomalib import TaskType
@@ -199,7 +199,8 @@ class FoldedExport(_Base):
         about: dict[str, Any] = {"backbone": encoder.backbone, "layers": encoder.layers, "weights": encoder.source}
         for step in steps_of(getattr(self.pre_processor, "transform", None)):
             if isinstance(step, Resize):
-                about |= {"image_size": step.size, "interpolation": cast("InterpolationMode", step.interpolation).value}
+                interpolation = getattr(step.interpolation, "value", "bilinear")
+                about |= {"image_size": step.size, "interpolation": interpolation}
             elif isinstance(step, Normalize):
                 about |= {"mean": list(step.mean), "std": list(step.std)}
         notes = {BITS: str(self._bits()), ENCODER_KEY: json.dumps(about)}
