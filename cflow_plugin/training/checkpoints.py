@@ -144,17 +144,16 @@ def complete_checkpoints(trainer: Trainer) -> None:
     module, files = trainer.lightning_module, trainer.strategy.checkpoint_io
     if not trainer.is_global_zero:
         return
-    # What is best by some metric is what that metric was computed of, and has thresholds from then.
+    # What is best by some metric is what that metric was computed of, and may have thresholds from then.
     chosen = {
         path
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None
         for path in callback.best_k_models
-        if files.load_checkpoint(path, "cpu")["callbacks"].get("Calibration", {}).get("step") == trainer.global_step
     }
     for path in _files_of_this_run(trainer):
         checkpoint = files.load_checkpoint(path, "cpu")
-        if checkpoint["global_step"] != trainer.global_step or path in chosen:
+        if checkpoint["global_step"] != trainer.global_step or (path in chosen and _is_complete(checkpoint)):
             continue
         checkpoint["state_dict"] = module.state_dict()
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  set when it is made
@@ -162,6 +161,10 @@ def complete_checkpoints(trainer: Trainer) -> None:
                 checkpoint["callbacks"][callback.state_key] = callback.state_dict()
         module.on_save_checkpoint(checkpoint)
         files.save_checkpoint(checkpoint, path)
+
+
+def _is_complete(checkpoint: Mapping[str, Any]) -> bool:
+    return checkpoint["callbacks"].get("Calibration", {}).get("step") == checkpoint["global_step"]
 
 
 def _files_of_this_run(trainer: Trainer) -> set[str]:
