@@ -81,6 +81,10 @@ class Pace:
         share += (1 - share) * (now - then) / max(1e-9, now + left - then)
         return float(trainer.strategy.broadcast(share))  # all processes at one rate
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model leaves its trainer behind."""
+        return {**self.__dict__, "_trainer": None}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain values."""
         return {"share": self.share, "steps": self._steps, "since": [self._from_step, self._from_share]}
