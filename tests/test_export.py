@@ -137,22 +137,9 @@ def test_the_log_determinant_survives(trained):
 
 
 @pytest.fixture
-<<<<<<< HEAD
 def converted_once(converted, monkeypatch):
     """Compression begins with a conversion, which takes most of the time."""
     monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(converted))
-=======
-def converted_once(export, monkeypatch):
-    """Compression begins with the conversion that the uncompressed file is made of; that takes most of the time."""
-    path = export((64, 64))
-
-    def convert(*_):
-        model = ov.Core().read_model(path)
-        model.reshape([-1, 3, 64, 64])  # as the conversion leaves it
-        return model
-
-    monkeypatch.setattr(export_module, "convert_to_openvino", convert)
->>>>>>> images
 
 
 @pytest.mark.long
@@ -230,13 +217,12 @@ def test_a_model_without_thresholds(textures, tmp_path, monkeypatch):
     model = CflowPlugin(**QUICK, epochs=1, steps_per_epoch=1)
     make_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=textures)
     assert torch.isnan(model.eval().post_processor.image_min)
-    images = images_of((64, 64))
+    images = images_of((64, 64), 1)
     with torch.no_grad():
         expected = model(images)
     assert expected.pred_label is None
     assert expected.pred_mask is None
     path = model.to_openvino(tmp_path, input_size=(64, 64))
-<<<<<<< HEAD
     monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(path))
     fp16 = model.to_openvino(tmp_path / "fp16", input_size=(64, 64), compression_type=CompressionType.FP16)
     monkeypatch.chdir(tmp_path)  # the inferencer's cache goes into the working directory
@@ -251,13 +237,6 @@ def test_a_model_without_thresholds(textures, tmp_path, monkeypatch):
             read_exported(file)
         picture = (images[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         assert OpenVINOInferencer(file, "CPU", F32).predict(picture).pred_label is None
-=======
-    assert_agrees(run_openvino(path, images_of((64, 64), 1)), model, images_of((64, 64), 1))
-    monkeypatch.setattr(export_module, "convert_to_openvino", lambda *_: ov.Core().read_model(path))
-    int8 = {"compression_type": CompressionType.INT8_PTQ, "datamodule": textures}
-    quantized = model.to_openvino(tmp_path / "int8", input_size=(64, 64), **int8)
-    assert np.isfinite(run_openvino(quantized, images_of((64, 64), 1))["anomaly_map"]).all()
->>>>>>> images
 
 
 @pytest.mark.long
