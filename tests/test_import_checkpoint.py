@@ -283,7 +283,7 @@ def test_what_the_file_s_name_says(small, tmp_path, name, size, mean):
 @pytest.mark.long
 def test_a_default_model_becomes_the_imported_one(small, tmp_path, good, textures):
     """Nothing of the checkpoint's settings has to be repeated to use it."""
-    expected = imported(small.content(), tmp_path, "mobilenet_v3_large", images=good)
+    expected = imported(small.content(), tmp_path, "mobilenet_v3_large", images=good, target_false_alarm_rate=0.4)
     loader = DataLoader(PredictDataset(good), batch_size=1, collate_fn=PredictDataset(good).collate_fn)
     engine = make_engine(tmp_path)
     found = engine.predict(CflowPlugin(pre_trained=False), dataloaders=loader, ckpt_path=tmp_path / "model.ckpt")
