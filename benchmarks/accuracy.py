@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --seeds [0,1,2]
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --variants benchmarks/choices.yaml
+    python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --images 4
 
 DATA holds one folder a set: ``train/good``, ``test/...`` and ``ground_truth/...``. The file of variants names the
 settings in which each differs from CflowPlugin's default.
@@ -15,6 +16,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 from anomalib.data import AnomalibDataModule, Batch, Folder, MVTecAD
 from anomalib.engine import Engine
@@ -53,7 +55,16 @@ def data_of(folder: Path) -> AnomalibDataModule:
     )
 
 
-def measure(model: str, settings: dict, folder: Path, layers: list[str], weights: Path, seed: int, runs: Path) -> dict:
+def measure(
+    model: str,
+    settings: dict,
+    folder: Path,
+    layers: list[str],
+    weights: Path,
+    seed: int,
+    runs: Path,
+    images: int | None = None,
+) -> dict:
     """Train and test one model once.
 
     Args:
@@ -64,6 +75,7 @@ def measure(model: str, settings: dict, folder: Path, layers: list[str], weights
         weights: Encoder weights in timm's names.
         seed: Seed of everything.
         runs: Folder for what training writes.
+        images: Train on so many images, drawn at random by the seed; on all by default.
 
     Returns:
         The metrics, and the mean of the map over good test images, before normalisation.
@@ -73,6 +85,10 @@ def measure(model: str, settings: dict, folder: Path, layers: list[str], weights
     seed_everything(seed, verbose=False)
     network = build_model(Variant(model, settings), EncoderChoice("resnet18", layers, weights), (256, 256))
     data = data_of(folder)
+    data.setup()
+    if images is not None:
+        drawn = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(seed))
+        data.train_data = data.train_data.subsample(sorted(drawn[:images].tolist()))
     glow = Glow()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     engine = Engine(default_root_dir=runs, accelerator="cpu", limit_val_batches=0, callbacks=[glow], **quiet)
@@ -116,6 +132,7 @@ def main(
     variants: Path | None = None,
     only: list[str] | None = None,
     rivals: list[str] | None = None,
+    images: int | None = None,
     output: Path = Path("results/benchmarks/accuracy"),
 ) -> None:
     """Measure, and write all figures as CSV and the table as Markdown.
@@ -129,6 +146,7 @@ def main(
         variants: File that names variants of CflowPlugin and their settings.
         only: Which of these; all by default.
         rivals: Models to compare with; Padim and Spade by default.
+        images: Train on so many good images; on all by default.
         output: Folder for the results; what is there already is not measured again.
     """
     data, weights, output = data.resolve(), weights.resolve(), output.resolve()
@@ -140,10 +158,19 @@ def main(
     rows = []
     cells = [(folder, *one, seed) for folder in folders for one in plan for seed in seeds or [0]]
     for folder, model, variant, settings, seed in track(cells, description="Training"):
-        cell = output / "cells" / folder.name / f"{variant}-{seed}.json"
+        cell = output / "cells" / folder.name / f"{variant}-{seed}{'' if images is None else f'-of-{images}'}.json"
         if not cell.is_file():
             cell.parent.mkdir(parents=True, exist_ok=True)
-            arguments = (model, settings, folder, layers or ["layer2", "layer3"], weights, seed, output / "runs")
+            arguments = (
+                model,
+                settings,
+                folder,
+                layers or ["layer2", "layer3"],
+                weights,
+                seed,
+                output / "runs",
+                images,
+            )
             found = {"settings": settings, **in_own_process(measure, *arguments)}
             with atomic_file(cell) as file:
                 file.write_text(json.dumps(found))
@@ -168,7 +195,8 @@ def main(
     )
     shown["left out"] = pd.Series(left_out(means, list(chosen)))
     best = pd.concat([means.xs(name, level="variant") for name in rivals]).groupby("set").max() if rivals else None
-    lines = [f"Image AUROC / pixel AUROC / AUPRO, float32, seeds {seeds or [0]}.", "", shown.to_markdown(), ""]
+    few = "" if images is None else f", {images} training images"
+    lines = [f"Image AUROC / pixel AUROC / AUPRO, float32, seeds {seeds or [0]}{few}.", "", shown.to_markdown(), ""]
     for _, variant, _ in plan:
         own = means.xs(variant, level="variant")
         line = f"- {variant}: mean " + " / ".join(f"{own[m].mean():.4f}" for m in METRICS)

@@ -315,14 +315,16 @@ def test_another_setting_is_another_cell():
 def test_models_share_the_encoder(tmp_path):
     torch.manual_seed(1)
     source = build_model(
-        Variant("CflowPlugin"), EncoderChoice("resnet18", ["layer1", "layer2"], pre_trained=False), (64, 64)
+        Variant("CflowPlugin", {"neighbourhood": 1}),
+        EncoderChoice("resnet18", ["layer1", "layer2"], pre_trained=False),
+        (64, 64),
     )
     torch.save(source.model.encoder.network.state_dict(), tmp_path / "weights.pth")
     encoder = EncoderChoice("resnet18", ["layer1", "layer2"], tmp_path / "weights.pth")
     images = torch.rand(2, 3, 64, 64)
     padim = build_model(Variant("Padim"), encoder, (64, 64)).model.feature_extractor(images)
     cflow = build_model(Variant("Cflow"), encoder, (64, 64)).model.encoder.eval()(images)
-    for name, features in source.model.encoder.network(images).items():
+    for name, features in zip(source.model.encoder.layers, source.model.encoder(images), strict=True):
         torch.testing.assert_close(padim[name], features)
         torch.testing.assert_close(cflow[name], features)
 

@@ -254,23 +254,21 @@ def test_held_out_images_pass_through_what_new_ones_do(tmp_path, given):
     """Images of several sizes, a crop of the data module's, and a pre-processor of the user's own."""
     good = good_images(tmp_path / "good", 16, [(48, 40), (90, 64), (33, 50)])
     other = good_images(tmp_path / "other", 6, [(48, 40), (90, 64)])
-    data = Folder(
-        name="x", root=tmp_path, normal_dir="good", normal_test_dir="good", augmentations=CenterCrop(30),
-        test_split_mode="from_dir", val_split_mode="none", num_workers=0, train_batch_size=8, eval_batch_size=1,
-    )  # fmt: skip
+
+    def data_of(train, test):
+        return Folder(
+            name="x", root=tmp_path, normal_dir=train, normal_test_dir=test, augmentations=CenterCrop(30),
+            test_split_mode="from_dir", val_split_mode="none", num_workers=0, train_batch_size=8, eval_batch_size=1,
+        )  # fmt: skip
+
     own = PreProcessor(Compose([Resize((64, 64), antialias=True), Normalize([0.5] * 3, [0.5] * 3)]))
     model = small_model(pre_processor=own, held_out_images=str(other) if given else None)
-    train(tmp_path, data, "planned", model)
+    train(tmp_path, data_of("good", "other"), "planned", model)
     files = model.reference.files
     assert {str(Path(file).parent) for file in files} == {str(other if given else good)}
-    if given:
-        data = Folder(
-            name="x", root=tmp_path, normal_dir="other", normal_test_dir="other", augmentations=CenterCrop(30),
-            test_split_mode="from_dir", val_split_mode="none", num_workers=0, eval_batch_size=1,
-        )  # fmt: skip
     kept = Keep()
     engine = make_engine(tmp_path / "test", callbacks=[kept])
-    engine.test(model, datamodule=data)
+    engine.test(model, datamodule=data_of("good", "other") if given else data_of("other", "good"))
     scores = np.array([kept.scores[file] for file in files])
     np.testing.assert_allclose(np.sort(scores), model.post_processor.reference_scores.numpy(), rtol=0, atol=1e-6)
 

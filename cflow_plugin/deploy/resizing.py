@@ -118,7 +118,7 @@ def steps_of(transform: Any) -> list[Any]:
 
 def _exportable(step: Any) -> nn.Module:
     if isinstance(step, Resize):
-        kind = getattr(step.interpolation, "value", step.interpolation)
+        kind = str(getattr(step.interpolation, "value", step.interpolation))
         if kind not in _FILTERS or not step.antialias or step.max_size is not None:
             message = (
                 f"The pre-processing resizes by {step}; a file can do so with bilinear or bicubic interpolation, "

@@ -36,7 +36,7 @@ class CflowPreProcessor(PreProcessor):
         CflowError: If the number of bits is out of range.
 
     Example:
-        >>> CflowPreProcessor(bits=12)(torch.full((1, 3, 2, 2), 4095 / 65535)).max()
+        >>> CflowPreProcessor(bits=12)(torch.full((1, 3, 2, 2), 4095 / 65535)).max().round(decimals=4)
         tensor(1.)
     """
 

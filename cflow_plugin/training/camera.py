@@ -43,6 +43,7 @@ def feature_changes(
     extract: Callable[[torch.Tensor], Sequence[torch.Tensor]],
     size: tuple[int, int],
     seed: int,
+    gain: float = 1.0,
 ) -> list[torch.Tensor]:
     """By how much features differ when the same images are taken once more, by a worse camera.
 
@@ -51,6 +52,7 @@ def feature_changes(
         extract: Images ``(B, 3, H, W)`` as they are loaded to features ``(B, D_k, H_k, W_k)`` at every scale.
         size: Height and width that the model resizes images to: they are changed at that size, where it counts.
         seed: The same seed gives the same changes.
+        gain: What values are multiplied by to have the highest that the camera can give at 1.
 
     Returns:
         For each scale ``(N, D_k)``, differences.
@@ -64,11 +66,11 @@ def feature_changes(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, batch in enumerate(loader_of(images.dataset, like=images, sampler=chosen, batch_size=1)):
-            image = resize(batch.image).clamp(0, 1)
-            before = extract(image)
+            image = resize(gain * batch.image).clamp(0, 1)
+            before = extract(image / gain)
             for copy in range(copies):
                 changed = CAMERA[(number * copies + copy) % len(CAMERA)](image)
-                after = extract(changed.clamp(0, 1))
+                after = extract(changed.clamp(0, 1) / gain)
                 found.append(
                     [(b - a).flatten(2).transpose(1, 2).flatten(0, 1) for a, b in zip(before, after, strict=True)]
                 )

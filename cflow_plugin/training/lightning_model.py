@@ -236,7 +236,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
 
     def _fit_whitening(self, bank: FeatureBank, loader: VectorLoader) -> None:
         if self.hparams["whiten"] and not self.progress.training_has_begun:
-            changes = loader.changes(self.hparams["image_size"], self.hparams["camera_variation"])
+            gain = getattr(self.pre_processor, "gain", 1.0)
+            changes = loader.changes(self.hparams["image_size"], self.hparams["camera_variation"], gain)
             self.model.fit_whitening([features.flatten(0, 1) for features in bank.features], changes)
         self.progress.training_has_begun = True
 

@@ -86,7 +86,9 @@ class OneClassMixin(_Module):
         """Images ``(B, 3, H, W)`` as they are loaded to what the model takes, on its device."""
         # In true half precision Lightning rounds the values of a batch, and anomalib's batch widens them again.
         images = self.trainer.precision_plugin.convert_input(images.to(self.device)).to(images.dtype)
-        # anomalib's engine calls the transform itself; the pre-processor's forward() may resize without smoothing.
+        if isinstance(self.pre_processor, CflowPreProcessor):
+            return self.pre_processor(images)
+        # anomalib's engine calls the transform itself; its pre-processor's forward() resizes without smoothing.
         transform = getattr(self.pre_processor, "transform", None) or self.pre_processor
         return transform(images) if transform else images
 

@@ -135,16 +135,17 @@ class VectorLoader:
         for batch in self.bank.batches(len(self), vectors, generator, self._with_noise):
             yield share_of_batch(batch, self._rank, self._processes)
 
-    def changes(self, size: tuple[int, int], strength: float) -> list[torch.Tensor] | None:
+    def changes(self, size: tuple[int, int], strength: float, gain: float) -> list[torch.Tensor] | None:
         """What a worse camera changes in the features, see :func:`~cflow_plugin.training.camera.feature_changes`.
 
         Args:
             size: Height and width that the model resizes images to.
             strength: The changes are multiplied by it; 0 gives none.
+            gain: What images are multiplied by.
         """
         if not strength:
             return None
-        return [strength * part for part in feature_changes(self.images, self._extract, size, self.seed)]
+        return [strength * part for part in feature_changes(self.images, self._extract, size, self.seed, gain)]
 
     def _turn_of(self, vectors_kept: int) -> int:
         """Whose turn it is in this epoch, for a resumed run as well."""
