@@ -289,7 +289,7 @@ def test_bicubic_resizing_is_exported(tmp_path):
     model.eval()
     good = 0.1 * torch.randn(4, 3, 64, 64)
     model.model.calibrate(model.model.log_likelihoods(good))
-    images = images_of((96, 160))
+    images = images_of((96, 160), 1)
     expected = model(images).anomaly_map
     assert expected.std() > 0.01
     found = run_openvino_map(model.to_openvino(tmp_path, input_size=(96, 160)), images)

@@ -151,11 +151,9 @@ def test_one_image_at_a_time_unless_asked_otherwise(kind, export, trained, tmp_p
 
 
 def with_pre_processing(*steps):
-    model = random_model((64, 64), backbone="gabor", layers=["scale2"])
-    return type(model)(
-        backbone="gabor", layers=["scale2"], coupling_blocks=1,
-        pre_processor=PreProcessor(transform=Compose([*steps, Normalize([0.4, 0.4, 0.4], [0.2, 0.2, 0.2])])),
-    ).eval()  # fmt: skip
+    transform = Compose([*steps, Normalize([0.4, 0.4, 0.4], [0.2, 0.2, 0.2])])
+    settings = {"backbone": "gabor", "layers": ["scale2"], "pre_processor": PreProcessor(transform=transform)}
+    return random_model((64, 64), **settings)
 
 
 @pytest.mark.long

@@ -199,12 +199,46 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, textures, schedule, 
     whole = quick_model(**settings)
     make_engine(tmp_path / "whole").fit(whole, datamodule=textures)
 
-    make_engine(tmp_path / "cut", callbacks=[StopAfter(2)]).fit(quick_model(**settings), datamodule=textures)
+    class Killed(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        make_engine(tmp_path / "cut", callbacks=[Killed()]).fit(quick_model(**settings), datamodule=textures)
     checkpoint = next((tmp_path / "cut").rglob("last.ckpt"))
     resumed = quick_model(seed=5, **settings)
     engine = make_engine(tmp_path / "resumed")
     engine.fit(resumed, datamodule=textures, ckpt_path=checkpoint)
     assert engine.trainer.current_epoch == 4
+    assert_same(weights_of(whole), weights_of(resumed))
+
+
+@pytest.mark.long
+def test_a_resumed_run_remembers_decoders_that_were_better(tmp_path, textures):
+    class Spoil(Callback):
+        """Makes all that comes after the second epoch worse."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                with torch.no_grad():
+                    for parameter in pl_module.model.decoders.parameters():
+                        parameter.mul_(3)
+            if self.ends and trainer.current_epoch == 3:
+                raise RuntimeError
+
+        def __init__(self, ends):
+            self.ends = ends
+
+    settings = {"epochs": 4, "learning_rate": 1e-4}
+    whole = quick_model(**settings)
+    make_engine(tmp_path / "whole", callbacks=[Spoil(ends=False)]).fit(whole, datamodule=textures)
+    with pytest.raises(RuntimeError):
+        make_engine(tmp_path / "cut", callbacks=[Spoil(ends=True)]).fit(quick_model(**settings), datamodule=textures)
+    checkpoint = next((tmp_path / "cut").rglob("last.ckpt"))
+    assert torch.load(checkpoint, weights_only=True)["callbacks"]["KeepBest"]["epochs"] == [1, 1]
+    resumed = quick_model(seed=5, **settings)
+    make_engine(tmp_path / "resumed").fit(resumed, datamodule=textures, ckpt_path=checkpoint)
     assert_same(weights_of(whole), weights_of(resumed))
 
 

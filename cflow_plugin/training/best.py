@@ -4,10 +4,12 @@ __all__ = ["KeepBest"]
 
 import logging
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.calibration import Calibration
@@ -39,18 +41,40 @@ class KeepBest(Callback):
     def __init__(self, calibration: Calibration, pace: Pace, seed: Callable[[], int]) -> None:
         super().__init__()
         self._calibration, self._pace, self._seed = calibration, pace, seed
+        self._restored = False
         self._forget()
 
     def _forget(self) -> None:
         self._likelihoods: list[float] = []
         self._epochs: list[int] = []
         self._weights: list[dict[str, torch.Tensor]] = []
+        self._epoch = -1
         self._is_hastening = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier run."""
-        del trainer, pl_module
-        self._forget()
+        """Forget an earlier run, unless this one goes on with it."""
+        if trainer.ckpt_path is None or not self._restored:
+            self._forget()
+        for scale, weights in enumerate(self._weights):
+            if not weights:
+                self._weights[scale] = _copy_of(cast("CflowModel", pl_module.model).decoders[scale])
+        self._restored = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: weights of those decoders only that are not the best themselves."""
+        pairs = zip(self._weights, self._epochs, strict=True)
+        return {
+            "likelihoods": self._likelihoods,
+            "epochs": self._epochs,
+            "weights": [{} if epoch == self._epoch else weights for weights, epoch in pairs],
+            "is_hastening": self._is_hastening,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._likelihoods, self._epochs = state_dict["likelihoods"], state_dict["epochs"]
+        self._weights, self._is_hastening = state_dict["weights"], state_dict["is_hastening"]
+        self._restored = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the likelihoods."""
@@ -61,6 +85,7 @@ class KeepBest(Callback):
         found = unseen_likelihoods(model, bank, self._seed())
         pl_module.log("unseen_nll", -sum(found), sync_dist=True)
         self._keep(model, found, epoch)
+        self._epoch = epoch
         patience = max(_SHORTEST_PATIENCE, round(_PATIENCE * (trainer.max_epochs or 0)))
         if not self._is_hastening and trainer.strategy.reduce_boolean_decision(epoch - max(self._epochs) >= patience):
             self._is_hastening = True
@@ -85,7 +110,7 @@ class KeepBest(Callback):
         for scale, (decoder, likelihood) in enumerate(zip(model.decoders, found, strict=True)):
             if likelihood > self._likelihoods[scale]:
                 self._likelihoods[scale], self._epochs[scale] = likelihood, epoch
-                self._weights[scale] = {name: value.detach().clone() for name, value in decoder.state_dict().items()}
+                self._weights[scale] = _copy_of(decoder)
 
     def _take_best(self, model: CflowModel) -> None:
         if not self._weights or self._are_best(model):
@@ -97,10 +122,14 @@ class KeepBest(Callback):
 
     def _are_best(self, model: CflowModel) -> bool:
         return all(
-            torch.equal(value, best[name])
+            torch.equal(value, best[name].to(value.device))
             for decoder, best in zip(model.decoders, self._weights, strict=True)
             for name, value in decoder.state_dict().items()
         )
+
+
+def _copy_of(decoder: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in decoder.state_dict().items()}
 
 
 @torch.no_grad()
