@@ -90,7 +90,7 @@ def tensor_of(pixels: NDArray[Any]) -> NDArray[np.float32]:
         Shape ``(1, 3, H, W)``, red first, between 0 and 1.
     """
     highest = np.float32(255 if pixels.dtype == np.uint8 else 65535)
-    return np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1)[None]).astype(np.float32) / highest
+    return np.divide(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1)[None]), highest, dtype=np.float32)
 
 
 def takes_bytes(model: ov.Model) -> bool:
@@ -203,7 +203,8 @@ def decision_threshold(model: ov.Model) -> float | None:
     given = operations.parameter(score.get_partial_shape(), ov.Type.f32)
     score.replace(given.output(0))
     try:
-        decide = ov.Core().compile_model(ov.Model([label], [given]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        decisions = ov.Model([label], [given])  # pyright: ignore[reportGeneralTypeIssues]  its stub
+        decide = ov.Core().compile_model(decisions, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError:  # there is another way from the image to the decision
         return None
 

@@ -43,7 +43,8 @@ class Pictures(NamedTuple):
     pattern: tuple[int, int]
     interpolation: str
 
-    def __iter__(self) -> Iterator[NDArray[Any]]:
+    def all(self) -> Iterator[NDArray[Any]]:
+        """Pattern and images, as a runtime is given them."""
         yield from patterns(self.pattern, self.bits)
         for file in self.files:
             yield self.read(file)
@@ -57,7 +58,7 @@ class Pictures(NamedTuple):
         pixels = read_image(file, self.bits)
         if self.size is None or pixels.shape[:2] == self.size:
             return pixels
-        new, kind = self.size[::-1], Image.Resampling[self.interpolation.upper()]
+        new, kind = (self.size[1], self.size[0]), Image.Resampling[self.interpolation.upper()]
         channels = [Image.fromarray(pixels[..., index].astype(np.float32)).resize(new, kind) for index in range(3)]
         highest = 2**self.bits - 1
         return np.stack([np.asarray(channel) for channel in channels], -1).round().clip(0, highest).astype(pixels.dtype)
@@ -178,7 +179,7 @@ def _reason(error: Exception) -> str:
 
 def _run_all(name: str, run: Run, pictures: Pictures) -> tuple[list[Result], float]:
     results, seconds = [], []
-    for pixels in track(pictures, name, total=pictures.patterns + len(pictures.files), transient=True):
+    for pixels in track(pictures.all(), name, total=pictures.patterns + len(pictures.files), transient=True):
         if not results:
             run(pixels)  # the first run is slower
         start = time.perf_counter()

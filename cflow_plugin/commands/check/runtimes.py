@@ -2,6 +2,7 @@
 
 __all__ = ["NotHereError", "Run", "Runtime", "runtimes_for"]
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -112,7 +113,12 @@ def _model_api(path: Path, model: ov.Model) -> Run:
     from model_api.models import Model  # pyright: ignore[reportMissingImports]
 
     config = {"INFERENCE_PRECISION_HINT": "f32"}
-    wrapper = Model.create_model(OpenvinoAdapter(create_core(), str(path), device="CPU", plugin_config=config))
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # it tells the root logger what it loads
+    try:
+        wrapper = Model.create_model(OpenvinoAdapter(create_core(), str(path), device="CPU", plugin_config=config))
+    finally:
+        logging.disable(before)
 
     def run(pixels: NDArray[Any]) -> Result:
         result: Any = wrapper(pixels if whole else np.ascontiguousarray(pixels[..., ::-1]))
