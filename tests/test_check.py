@@ -74,8 +74,7 @@ def rated(common):
         model.eval().to_openvino(folder)
 
     folder = once(common / "rated", make)
-    good = next(path for path in (common / "check data").rglob("good") if path.parent.name == "test")
-    return folder / "model.ckpt", next(folder.rglob("model.xml")), good
+    return folder / "model.ckpt", next(folder.rglob("model.xml")), common / "check data/weave/test/good"
 
 
 # The pattern
@@ -165,7 +164,7 @@ def test_images_of_another_size_are_the_same_for_all(trained, export, checkpoint
 
 
 def with_constants(path, change):
-    """A file's model with its small constants changed: ``change`` gets a constant's value and gives one, or ``None``."""
+    """A file's model with other single constants: ``change`` gets a constant's value and gives one, or ``None``."""
     model = ov.Core().read_model(path)
     changed = 0
     for node in model.get_ops():
@@ -228,8 +227,7 @@ def is_of_score(node):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("release", ["0.0.9", None])
+@pytest.mark.parametrize(("kind", "release"), [("openvino", "0.0.9"), ("openvino", None), ("onnx", "0.0.9")])
 def test_a_file_of_another_release(kind, release, export, tmp_path):
     assert note_of(ov.Core().read_model(export(None, kind)), RELEASE) == __version__
     path = tmp_path / f"model.{'xml' if kind == 'openvino' else 'onnx'}"
@@ -251,10 +249,11 @@ def test_a_file_of_another_release(kind, release, export, tmp_path):
 
 
 @pytest.mark.long
-def test_a_wrong_input_scale_in_the_metadata(export, tmp_path):
-    model = ov.Core().read_model(export(None))
+def test_a_wrong_input_scale_in_the_metadata(export, textures, tmp_path):
+    model = ov.Core().read_model(export((64, 64)))
     model.set_rt_info("1 1 1", ["model_info", "scale_values"])
-    _, rows = checked(saved(model, tmp_path), tmp_path, 3)
+    images = Path(textures.test_data.samples.image_path[0]).parent
+    _, rows = checked(saved(model, tmp_path), tmp_path, 3, images=str(images))
     assert "scale_values 1 1 1" in rows["input"]["detail"]
     wrapper = rows["openvino-model-api"]
     assert not_agreeing(rows) == {"input"} | ({"openvino-model-api"} if wrapper["agrees"] is not None else set())
@@ -283,7 +282,7 @@ def test_a_file_that_was_compressed_after_its_thresholds(rated, tmp_path):
 @pytest.mark.parametrize("kind", [CompressionType.FP16, CompressionType.INT8])
 def test_a_compressed_file_with_the_thresholds_of_another(kind, rated, tmp_path, monkeypatch):
     """As if its export had taken over the trained model's: all that it says of itself is then true of it."""
-    checkpoint, path, _ = rated
+    checkpoint = rated[0]
     model = CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     own = model.to_openvino(tmp_path / "own", compression_type=kind)
     _, rows = checked(own, tmp_path, 0, checkpoint=checkpoint)
@@ -319,8 +318,8 @@ def test_likely_alarms(images, rate, new):
     alarms = (scores[:, images:] > thresholds[:, None]).sum(1)
     expected = alarms_expected(list(range(new)), images, rate)
     inside = ((alarms >= expected.low) & (alarms <= expected.high)).mean()
-    assert 0.985 < inside
-    assert ((alarms >= expected.low) & (alarms <= expected.high - 2)).mean() < 0.99
+    assert inside > 0.985
+    assert (alarms <= expected.high - 1).mean() < 0.997
 
 
 def test_reference_scores_are_held_against_new_ones():

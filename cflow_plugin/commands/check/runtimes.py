@@ -36,20 +36,23 @@ class Runtime(NamedTuple):
         name: What it is called on the screen.
         open: Makes it ready.
         rounding: Difference of scores that its precision brings.
+        of_checkpoint: Whether it runs the checkpoint, and not the file.
     """
 
     name: str
     open: Callable[[], Run]
     rounding: float = 0.0
+    of_checkpoint: bool = False
 
 
-def runtimes_for(path: Path, model: ov.Model, trained: Any = None) -> list[Runtime]:
+def runtimes_for(path: Path, model: ov.Model, trained: Any = None, torch_first: bool = False) -> list[Runtime]:
     """All runtimes that might run a file, the one that others are compared with first.
 
     Args:
         path: The file.
         model: As OpenVINO has read it.
         trained: The trained model that the file was made of, if it is given.
+        torch_first: Compare with the trained model, and not with the file in OpenVINO and single precision.
     """
     precisions = [
         Runtime(f"OpenVINO {name}", lambda name=name: _openvino(path, model, name), rounding)
@@ -60,11 +63,10 @@ def runtimes_for(path: Path, model: ov.Model, trained: Any = None) -> list[Runti
         Runtime("openvino-model-api", lambda: _model_api(path, model)),
         Runtime("anomalib OpenVINOInferencer", lambda: _openvino_inferencer(path, model)),
     ]
-    torch = Runtime("torch", lambda: _torch(trained))
-    inferencer = Runtime("anomalib TorchInferencer", lambda: _torch_inferencer(trained))
-    first = [] if trained is None else [torch]
-    last = [torch] if trained is None else []
-    return [*first, *precisions, *others, *last, inferencer]
+    torch = Runtime("torch", lambda: _torch(trained), of_checkpoint=True)
+    inferencer = Runtime("anomalib TorchInferencer", lambda: _torch_inferencer(trained), of_checkpoint=True)
+    of_file = [*precisions, *others]
+    return [torch, *of_file, inferencer] if torch_first else [*of_file, torch, inferencer]
 
 
 def _openvino(path: Path, model: ov.Model, precision: str) -> Run:
