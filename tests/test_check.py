@@ -80,6 +80,7 @@ def rated(common):
 # The pattern
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fingerprint_is_what_the_trained_model_gives(kind, trained, export):
     stored = json.loads(note_of(ov.Core().read_model(export((64, 64), kind)), FINGERPRINT))
@@ -252,7 +253,7 @@ def test_a_file_of_another_release(kind, release, export, tmp_path):
 def test_a_wrong_input_scale_in_the_metadata(export, textures, tmp_path):
     model = ov.Core().read_model(export((64, 64)))
     model.set_rt_info("1 1 1", ["model_info", "scale_values"])
-    images = Path(textures.test_data.samples.image_path[0]).parent
+    images = Path(textures.train_data.samples.image_path[0]).parent
     _, rows = checked(saved(model, tmp_path), tmp_path, 3, images=str(images))
     assert "scale_values 1 1 1" in rows["input"]["detail"]
     wrapper = rows["openvino-model-api"]
@@ -334,9 +335,10 @@ def test_reference_scores_are_held_against_new_ones():
     assert reference_scores_hold(stored, None, same[:2], 1e-3).agrees is None
 
 
+@pytest.mark.parametrize("batch", [1, 4, -1])
 @pytest.mark.parametrize(("kind", "threshold"), [("greater", 0.3), ("greater_equal", 0.75), ("less", 0.2)])
-def test_the_threshold_is_found_by_trying(kind, threshold):
-    image = operations.parameter([1, 3, 4, 4], ov.Type.f32)
+def test_the_threshold_is_found_by_trying(kind, threshold, batch):
+    image = operations.parameter([batch, 3, 4, 4], ov.Type.f32)
     score = operations.reduce_mean(image, np.array([1, 2, 3]), keep_dims=False)
     label = getattr(operations, kind)(score, np.float32(threshold))
     label = operations.logical_not(label) if kind == "less" else label
@@ -344,7 +346,8 @@ def test_the_threshold_is_found_by_trying(kind, threshold):
         node.output(0).set_names({name})
     model = ov.Model([score, label], [image], "model")
     assert decision_threshold(model) == pytest.approx(threshold, abs=1e-6)
-    assert ov.Core().compile_model(model, "CPU")(np.full((1, 3, 4, 4), 0.5, np.float32))["pred_score"] == 0.5
+    whole = ov.Core().compile_model(model, "CPU")
+    assert whole(np.full((abs(batch), 3, 4, 4), 0.5, np.float32))["pred_score"][0] == 0.5
 
 
 def test_what_cannot_be_checked(export, tmp_path):

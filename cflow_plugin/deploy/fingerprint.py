@@ -135,10 +135,7 @@ def fingerprint_of(model: ov.Model, bits: int | None = None, gain: float = 1.0) 
         parts of them); the ``threshold`` that a score is compared with, see :func:`decision_threshold`; the ``types``
         of the weights, see :func:`stored_types`.
     """
-    single = model.clone()
-    shape, size, whole = single.input(0).partial_shape, size_of_pattern(model), takes_bytes(model)
-    shape[0] = 1
-    single.reshape(shape)
+    single, size, whole = _one_at_a_time(model), size_of_pattern(model), takes_bytes(model)
     compiled = ov.Core().compile_model(single, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = patterns(size, bits_of(model) if bits is None else bits)
     results = [result_of(compiled(image[None] if whole else tensor_of(image) * np.float32(gain))) for image in images]
@@ -151,6 +148,15 @@ def fingerprint_of(model: ov.Model, bits: int | None = None, gain: float = 1.0) 
         "threshold": decision_threshold(model),
         "types": stored_types(model),
     }
+
+
+def _one_at_a_time(model: ov.Model) -> ov.Model:
+    """A copy that takes one image."""
+    copied = model.clone()
+    shape = copied.input(0).partial_shape
+    shape[0] = 1
+    copied.reshape(shape)
+    return copied
 
 
 def result_of(outputs: Any) -> Result:
@@ -194,7 +200,7 @@ def decision_threshold(model: ov.Model) -> float | None:
         The lowest anomalous score, to a float's last digits; infinity where none between 0 and 1 is; ``None`` where
         nothing is decided, or by anything else than the score.
     """
-    copied = model.clone()
+    copied = _one_at_a_time(model)
     found = {name: output for output in copied.outputs for name in output.get_names()}
     if not {"pred_score", "pred_label"} <= found.keys():
         return None
