@@ -126,7 +126,10 @@ def alarms_expected(fresh: list[int], reference_images: int | None, rate: float 
         return Alarms(fresh, None, None)
     from scipy.stats import betabinom
 
-    above = reference_images + 1 - threshold_rank(reference_images, rate)
+    try:
+        above = reference_images + 1 - threshold_rank(reference_images, rate)
+    except CflowError:  # too few for the rate: what is said of the threshold
+        return Alarms(fresh, None, None)
     low, high = betabinom(len(fresh), above, reference_images + 1 - above).interval(_CONFIDENCE)
     return Alarms(fresh, int(low), int(high))
 
