@@ -17,6 +17,7 @@ from cflow_plugin.errors import CflowError
 
 _COMMANDS = {
     "benchmark": "cflow_plugin.commands.benchmark",
+    "check": "cflow_plugin.commands.check",
     "compare": "cflow_plugin.commands.compare",
     "configs": "cflow_plugin.commands.configs",
     "encoders": "cflow_plugin.commands.encoders",
@@ -27,6 +28,9 @@ _COMMANDS = {
     "watch": "cflow_plugin.commands.watch.watch",
 }
 
+# Options whose value may stand right behind the command.
+_FIRST = {"check": "--model", "import-checkpoint": "--checkpoint"}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a subcommand."""
@@ -36,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     # anomalib's and timm's imports warn of each other; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in processes that are started, too
-    if arguments[:1] == ["import-checkpoint"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        arguments = [arguments[0], "--checkpoint", *arguments[1:]]
+    if len(arguments) > 1 and arguments[0] in _FIRST and not arguments[1].startswith("-"):
+        arguments = [arguments[0], _FIRST[arguments[0]], *arguments[1:]]
     # Some import all of anomalib, which those that run exported models have no need of.
     wanted = [name for name in _COMMANDS if name in arguments[:1]] or list(_COMMANDS)
     arguments = _with_shipped_configs(arguments)

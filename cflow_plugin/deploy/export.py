@@ -16,9 +16,11 @@ from torch import nn
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Normalize, Resize
 
+from cflow_plugin import __version__
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
+from cflow_plugin.deploy.fingerprint import FINGERPRINT, RELEASE, fingerprint_of
 from cflow_plugin.deploy.graph import (
     InferenceGraph,
     convert_to_openvino,
@@ -87,7 +89,7 @@ class FoldedExport(_Base):
             if not options["external_data"]:  # of several files the graph's own would no longer find the weights
                 settle_onnx(written)
             info = model_info(self._bits(), input_size, takes_bytes=False)
-            notes = self._notes(self.post_processor)
+            notes = self._notes(self.post_processor, openvino.Core().read_model(written))
             note_in_onnx(written, {**notes, **{f"model_info {name}": value for name, value in info.items()}})
         return path
 
@@ -152,7 +154,7 @@ class FoldedExport(_Base):
         model = take_bytes(model, self._bits()) if camera_bytes else model
         if "input" not in arguments:
             fix_batch(model, batch)
-        for key, value in self._notes(post_processor).items():
+        for key, value in self._notes(post_processor, model).items():
             model.set_rt_info(value, key)
         for name, value in model_info(self._bits(), input_size, camera_bytes).items():
             model.set_rt_info(value, ["model_info", name])
@@ -193,7 +195,7 @@ class FoldedExport(_Base):
         bits = self.pre_processor.bits if isinstance(self.pre_processor, CflowPreProcessor) else None
         return bits or 8
 
-    def _notes(self, post_processor: nn.Module | None) -> dict[str, str]:
+    def _notes(self, post_processor: nn.Module | None, model: openvino.Model) -> dict[str, str]:
         """What a file says of images, encoder and decisions, and the reference images' scores, as its own are."""
         encoder = self.model.encoder
         about: dict[str, Any] = {"backbone": encoder.backbone, "layers": encoder.layers, "weights": encoder.source}
@@ -203,11 +205,14 @@ class FoldedExport(_Base):
                 about |= {"image_size": step.size, "interpolation": interpolation}
             elif isinstance(step, Normalize):
                 about |= {"mean": list(step.mean), "std": list(step.std)}
-        notes = {BITS: str(self._bits()), ENCODER_KEY: json.dumps(about)}
+        fingerprint = fingerprint_of(model, self._bits())
+        notes = {BITS: str(self._bits()), ENCODER_KEY: json.dumps(about), RELEASE: __version__}
         if isinstance(post_processor, ConformalPostProcessor):
             notes[DECISIONS_KEY] = post_processor.describe()
             if post_processor.is_calibrated:
                 notes[KEY] = json.dumps(post_processor.normalized_reference_scores.tolist())
+                fingerprint["rate"] = post_processor.rate
+        notes[FINGERPRINT] = json.dumps(fingerprint)
         return notes
 
 
