@@ -205,7 +205,7 @@ def train(model: Any) -> None:
 
 def run_openvino(model: Any, size: tuple[int, int], folder: str, images: np.ndarray) -> np.ndarray:
     """Export to OpenVINO, and run that."""
-    path = model.to_openvino(folder, input_size=size)
+    path = model.to_openvino(folder, input_size=size, ov_kwargs={"batch": None})
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled(images)["anomaly_map"]
 
@@ -214,7 +214,9 @@ def run_onnx(model: Any, size: tuple[int, int], folder: str, images: np.ndarray)
     """Export to ONNX, and run that."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model.to_onnx(folder, input_size=size), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.to_onnx(folder, input_size=size, batch=None), providers=["CPUExecutionProvider"]
+    )
     names = [output.name for output in session.get_outputs()]
     return session.run(names, {session.get_inputs()[0].name: images})[names.index("anomaly_map")]
 

@@ -71,7 +71,7 @@ def _compare(data: Path, weights: Path, category: str, layers: list[str], seed: 
     masks = torch.cat([batch.gt_mask for batch in batches]).numpy() > 0
     size = tuple(images.shape[-2:])
     with torch.inference_mode():
-        parts = [model(part) for part in images.split(8)]
+        parts = [model(part) for part in images.split(1)]
     expected = {name: torch.cat([getattr(part, name) for part in parts]).numpy() for name in OUTPUTS}
 
     def row(runtime: str, path: Path | None, found: dict[str, np.ndarray]) -> dict:
@@ -89,7 +89,7 @@ def _compare(data: Path, weights: Path, category: str, layers: list[str], seed: 
     rows = [row("torch f32", None, expected)]
     path = model.to_onnx(folder, input_size=size)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    results = [session.run(list(OUTPUTS), {"input": part.numpy()}) for part in images.split(8)]
+    results = [session.run(list(OUTPUTS), {"input": part.numpy()}) for part in images.split(1)]
     found = {name: np.concatenate(values) for name, values in zip(OUTPUTS, zip(*results, strict=True), strict=True)}
     rows.append(row("ONNX Runtime f32", path, found))
     for kind, precisions in (
@@ -102,7 +102,7 @@ def _compare(data: Path, weights: Path, category: str, layers: list[str], seed: 
         )
         for precision in precisions:
             compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-            results = [compiled(part.numpy()) for part in images.split(8)]
+            results = [compiled(part.numpy()) for part in images.split(1)]
             found = {name: np.concatenate([result[name] for result in results]) for name in OUTPUTS}
             name = "FP32" if kind is None else kind.value.upper()
             rows.append(row(f"OpenVINO {name} file, {precision}", path, found))
