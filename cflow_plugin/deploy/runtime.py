@@ -9,6 +9,7 @@ __all__ = [
     "compile_exported",
     "encoder_of",
     "read_exported",
+    "read_file",
 ]
 
 import json
@@ -74,6 +75,29 @@ def encoder_of(model: ov.Model) -> dict[str, Any]:
     return {}
 
 
+def read_file(path: Path) -> tuple[ov.Model, set[str]]:
+    """Read an exported file as it is.
+
+    Args:
+        path: The .xml (or .onnx) file that ``anomalib export`` wrote.
+
+    Returns:
+        The model, and the names of its outputs.
+
+    Raises:
+        CflowError: If there is no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        message = f"There is no exported model at {path}; `anomalib export --model CflowPlugin` writes one."
+        raise CflowError(message)
+    try:
+        model = ov.Core().read_model(path)
+        return model, {name for output in model.outputs for name in output.get_names()}
+    except RuntimeError as error:
+        message = f"{path} could not be read as an OpenVINO or ONNX model."
+        raise CflowError(message) from error
+
+
 def read_exported(path: Path) -> ov.Model:
     """Read a model that takes ``(1, H, W, 3)``, bytes, blue first, of any size.
 
@@ -88,15 +112,7 @@ def read_exported(path: Path) -> ov.Model:
     Raises:
         CflowError: If there is no such file, or it holds another kind of model.
     """
-    if not path.is_file():
-        message = f"There is no exported model at {path}; `anomalib export --model CflowPlugin` writes one."
-        raise CflowError(message)
-    try:
-        model = ov.Core().read_model(path)
-        outputs = {name for output in model.outputs for name in output.get_names()}
-    except RuntimeError as error:
-        message = f"{path} could not be read as an OpenVINO or ONNX model."
-        raise CflowError(message) from error
+    model, outputs = read_file(path)
     if not {"pred_score", "pred_label", "anomaly_map"} <= outputs:
         message = (
             f"{path} gives {', '.join(sorted(outputs))} and no decision; a model exported with a threshold is needed. "

@@ -108,7 +108,7 @@ class KeepBest(Callback):
             self._epochs = [epoch] * len(found)
             self._weights = [{} for _ in found]
         for scale, (decoder, likelihood) in enumerate(zip(model.decoders, found, strict=True)):
-            if likelihood > self._likelihoods[scale]:
+            if not self._weights[scale] or likelihood > self._likelihoods[scale]:
                 self._likelihoods[scale], self._epochs[scale] = likelihood, epoch
                 self._weights[scale] = _copy_of(decoder)
 

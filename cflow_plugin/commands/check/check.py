@@ -28,7 +28,7 @@ from cflow_plugin.commands.check.runtimes import NotHereError, Runtime, runtimes
 from cflow_plugin.commands.score.listing import list_images
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy.fingerprint import RELEASE, note_of, size_of, size_of_pattern, stored_types
-from cflow_plugin.deploy.runtime import bits_of, encoder_of
+from cflow_plugin.deploy.runtime import bits_of, encoder_of, read_file
 from cflow_plugin.errors import CflowError, first_line
 from cflow_plugin.files import atomic_file
 
@@ -132,15 +132,7 @@ def check(
 
 
 def _read(path: Path) -> ov.Model:
-    if not path.is_file():
-        message = f"There is no exported model at {path}; `anomalib export --model CflowPlugin` writes one."
-        raise CflowError(message)
-    try:
-        model = ov.Core().read_model(path)
-        names = {name for output in model.outputs for name in output.get_names()}
-    except RuntimeError as error:
-        message = f"{path} could not be read as an OpenVINO or ONNX model."
-        raise CflowError(message) from error
+    model, names = read_file(path)
     if not {"pred_score", "anomaly_map"} <= names:
         message = f"{path} gives {', '.join(sorted(names)) or 'nothing'} and no anomaly score: it is of another model."
         raise CflowError(message)
