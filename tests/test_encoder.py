@@ -301,7 +301,7 @@ def test_batch_norm_is_folded_where_an_activation_is_part_of_it():
             nn.init.normal_(module.running_mean)
     model = CflowModel("test_efficientnet", ["blocks.2"], coupling_blocks=1)
     model.encoder = encoder
-    folded = FoldedModel(encoder, model.decoders, model.scoring, (64, 64)).encoder
+    folded = FoldedModel(encoder, model.decoders, model.scoring, model.whole, (64, 64)).encoder
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(folded(images)[0], encoder(images)[0], rtol=1e-4, atol=1e-5)
@@ -324,7 +324,7 @@ def test_a_convolution_whose_output_is_used_twice_is_left_alone():
     decoders = [type(model.decoders[0])(4, 0, 1, 1.9)]
     images = torch.randn(1, 3, 16, 16)
     expected = encoder(images)[0]
-    folded = FoldedModel(encoder, decoders, model.scoring, (16, 16)).encoder
+    folded = FoldedModel(encoder, decoders, model.scoring, model.whole, (16, 16)).encoder
     torch.testing.assert_close(folded(images)[0], expected)
 
 

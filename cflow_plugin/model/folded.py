@@ -21,6 +21,7 @@ from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.model.position import positional_encoding_2d
 from cflow_plugin.model.scoring import AnomalyScoring
+from cflow_plugin.model.whole import WholeImage
 from cflow_plugin.modules import ModuleListOf, as_on, in_double
 
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not what is made of them: those that normalise their weights, for example
@@ -37,12 +38,18 @@ class FoldedModel(nn.Module):
         encoder: The encoder.
         decoders: A decoder for each of its layers; they are copied, not referred to.
         scoring: The calibrated scoring.
+        whole: What an image says as a whole; it is copied.
         size: Height and width of the images.
     """
 
     @torch.no_grad()
     def __init__(
-        self, encoder: Encoder, decoders: Iterable[ConditionalFlow], scoring: AnomalyScoring, size: tuple[int, int]
+        self,
+        encoder: Encoder,
+        decoders: Iterable[ConditionalFlow],
+        scoring: AnomalyScoring,
+        whole: WholeImage,
+        size: tuple[int, int],
     ) -> None:
         super().__init__()
         like = next(chain(encoder.parameters(), encoder.buffers()))
@@ -56,17 +63,25 @@ class FoldedModel(nn.Module):
             FoldedFlow(in_full_precision(decoder), *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
         )
         self.scoring = scoring.folded(sizes, size)
+        self.whole = deepcopy(whole).to(self.dtype) if whole.is_fitted else None
         self.eval()
 
     def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Compute what :meth:`CflowModel.log_likelihoods` computes."""
-        if images.dtype != self.dtype:
-            images = images.to(self.dtype)
-        return [flow(features) for flow, features in zip(self.flows, self.encoder(images), strict=True)]
+        return self._log_likelihoods(self._features(images))
+
+    def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.encoder(images if images.dtype == self.dtype else images.to(self.dtype))
+
+    def _log_likelihoods(self, pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [flow(features) for flow, features in zip(self.flows, pyramid, strict=True)]
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Compute what :meth:`CflowModel.forward` computes."""
-        anomaly_map, score = self.scoring(self.log_likelihoods(images))
+        pyramid = self._features(images)
+        anomaly_map, score = self.scoring(self._log_likelihoods(pyramid))
+        if self.whole is not None:
+            score = self.whole(pyramid, score)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 

@@ -15,6 +15,7 @@ from cflow_plugin.model.flow import ConditionalFlow, Permutation
 from cflow_plugin.model.folded import FoldedModel
 from cflow_plugin.model.position import positional_encoding_2d
 from cflow_plugin.model.scoring import Aggregation, AnomalyScoring
+from cflow_plugin.model.whole import WholeImage
 from cflow_plugin.modules import ModuleListOf
 
 
@@ -34,6 +35,7 @@ class CflowModel(nn.Module):
         top_fraction: Part of the map's highest values that makes the image score.
         position_correction: See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
+        whole_image: What the image as a whole counts in its score, see :class:`~cflow_plugin.model.whole.WholeImage`.
         image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
 
     Raises:
@@ -54,6 +56,7 @@ class CflowModel(nn.Module):
         top_fraction: float = 0.0025,
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
+        whole_image: float = 0.5,
         image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -64,6 +67,7 @@ class CflowModel(nn.Module):
             for channels in self.encoder.channels
         )
         self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction, aggregation)
+        self.whole = WholeImage(sum(self.encoder.channels), whole_image)
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
         self._folded: dict[tuple[int, int], FoldedModel] = {}
         self.register_load_state_dict_post_hook(_drop_folded)
@@ -89,8 +93,11 @@ class CflowModel(nn.Module):
         """
         if not self.training:
             return self.folded((images.shape[-2], images.shape[-1])).log_likelihoods(images)
+        return self._log_likelihoods(self.encoder(images))
+
+    def _log_likelihoods(self, pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         result = []
-        for decoder, features in zip(self.decoders, self.encoder(images), strict=True):
+        for decoder, features in zip(self.decoders, pyramid, strict=True):
             height, width = features.shape[-2:]
             vectors = features.flatten(2).transpose(1, 2)
             likelihood = decoder.log_likelihood(vectors, self.condition(height, width, vectors))
@@ -108,7 +115,7 @@ class CflowModel(nn.Module):
         """
         found = self._folded.get(size)
         if found is None:
-            found = FoldedModel(self.encoder, self.decoders, self.scoring, size)
+            found = FoldedModel(self.encoder, self.decoders, self.scoring, self.whole, size)
             self._folded = {size: found}  # one at a time: it is as large as the model
         return found
 
@@ -173,7 +180,10 @@ class CflowModel(nn.Module):
         height, width = images.shape[-2:]
         if not self.training:
             return self.folded((height, width))(images)
-        anomaly_map, score = self.scoring(self.log_likelihoods(images), (height, width))
+        pyramid = self.encoder(images)
+        anomaly_map, score = self.scoring(self._log_likelihoods(pyramid), (height, width))
+        if self.whole.is_fitted:
+            score = self.whole(pyramid, score)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 

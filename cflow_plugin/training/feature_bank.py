@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cflow_plugin.model.whole import WholeImage
+
 # Vectors of one position in several images share their condition, so a step takes a grid of images × positions; with
 # this many images a step is still varied and the condition's part of the first layer nearly free.
 _IMAGES_PER_STEP = 16
@@ -83,6 +85,7 @@ class FeatureBank:
         self.turn = 0
         self._features: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
+        self._means: list[torch.Tensor] = []
         self._images = 0
 
     def add(self, pyramid: Sequence[torch.Tensor]) -> None:
@@ -104,6 +107,7 @@ class FeatureBank:
                 features.new_empty(self._expected, len(positions), features.shape[1])
                 for features, positions in zip(pyramid, self._positions, strict=True)
             ]
+        self._means.append(WholeImage.means(pyramid))
         rows = self._rows[self._images : self._images + len(pyramid[0])]
         for kept, features, positions in zip(self._features, pyramid, self._positions, strict=True):
             vectors = features.flatten(2).transpose(1, 2)
@@ -130,6 +134,11 @@ class FeatureBank:
     def unseen_features(self) -> list[torch.Tensor]:
         """For each scale ``(I, P_k, D_k)`` over the I images that are not trained on."""
         return [kept[self._trained_on :] for kept in self._features]
+
+    @property
+    def means(self) -> torch.Tensor:
+        """Means of the features over each image, of all scales, ``(I, D)``, over all images."""
+        return torch.cat(self._means)
 
     @property
     def positions(self) -> list[torch.Tensor]:

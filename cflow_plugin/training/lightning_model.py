@@ -74,6 +74,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             cells, which see the encoder's zero padding, are corrected in full. 0 as in the paper.
         aggregation: ``surprise`` multiplies the scales' evidence, measured by how rare it is among good cells;
             ``probability`` adds up probabilities as in the paper.
+        whole_image: What the image as a whole counts in its score, 0 to 1; 0 as in the paper. See
+            :class:`~cflow_plugin.model.whole.WholeImage`.
         unseen_share: Share of the training images that only says how likely good cells are; 0 with fewer than eight.
         epochs: Length, where ``--trainer.max_epochs`` sets none; by default it grows with the number of images.
         steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
@@ -129,6 +131,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         top_fraction: float = 0.0025,
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
+        whole_image: float = 0.5,
         unseen_share: float = 0.1,
         epochs: int | None = None,
         steps_per_epoch: int | None = 30,
@@ -162,6 +165,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             top_fraction=top_fraction,
             position_correction=position_correction,
             aggregation=aggregation,
+            whole_image=whole_image,
             image_size=image_size,
         )
         super().__init__(
@@ -220,7 +224,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
             lambda images: self.model.encoder(self.prepared(images).to(self.dtype)),
-            lambda bank: self._fit_whitening(bank, loader),
+            lambda bank: self._fit_gaussians(bank, loader),
             lambda: self.current_epoch,
             steps=self.hparams["steps_per_epoch"],
             vectors_per_step=self.hparams["vectors_per_step"],
@@ -234,8 +238,11 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         self.calibration.begin(loader, self.reference.loader, lambda images: self.scored(self.prepared(images)))
         return loader
 
-    def _fit_whitening(self, bank: FeatureBank, loader: VectorLoader) -> None:
-        if self.hparams["whiten"] and not self.progress.training_has_begun:
+    def _fit_gaussians(self, bank: FeatureBank, loader: VectorLoader) -> None:
+        if self.progress.training_has_begun:
+            return
+        self.model.whole.fit(bank.means)
+        if self.hparams["whiten"]:
             gain = getattr(self.pre_processor, "gain", 1.0)
             changes = loader.changes(self.hparams["image_size"], self.hparams["camera_variation"], gain)
             self.model.fit_whitening([features.flatten(0, 1) for features in bank.features], changes)
