@@ -21,6 +21,7 @@ from sklearn.metrics import auc, f1_score, roc_auc_score, roc_curve
 from cflow_plugin.commands.compare.cell import Cell, EncoderChoice, Job, Variant, build_model, run_cell
 from cflow_plugin.commands.compare.record import Recorder, _bin, _value
 from cflow_plugin.commands.compare.tables import accuracy_tables, published_tables, summary_table
+from cflow_plugin.commands.configs import find_config
 
 from .conftest import QUICK, call_in_a_copy, once, run_command
 
@@ -262,6 +263,12 @@ def test_published_figures_stand_beside_measured_ones():
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 512"] == "98.86 ± 0.02 (99.00, +0.14)"
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 512, UFLOW"] == "98.78 ± 0.01 (50.00, -48.78)"
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 256"] == "98.1 ± 0.05 (—)"
+    # What else differs is said.
+    assert "wide_resnet50_2 at 512×512 with 3 layers" in tables[0].note
+    assert "CFLOW-AD, the paper's in brackets: permutation swap (random), " in tables[0].note
+    as_published = yaml.safe_load(find_config("paper").read_text())["model"]["init_args"]
+    [ablation, *_] = published_tables(pd.DataFrame([row(settings=json.dumps(as_published))]))
+    assert "CFLOW-AD: as in the paper" in ablation.note
     # A mean over some of the classes is not the mean over all of them.
     assert ["CFLOW-AD", "98.26 (—)", "98.62 (—)", "94.6 (—)"] in tables[2].texts.to_numpy().tolist()
 

@@ -2,17 +2,20 @@
 
 __all__ = ["TITLES", "Table", "accuracy_tables", "complexity_table", "published_tables", "summary_table"]
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from cflow_plugin.commands.compare.cell import METRICS
 from cflow_plugin.commands.compare.published import CAPTIONS, published_table
+from cflow_plugin.commands.configs import find_config
 from cflow_plugin.model.backbones import BACKBONES
 
 TITLES = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "AUPRO"}
@@ -145,6 +148,8 @@ def complexity_table(results: pd.DataFrame) -> Table:
 def published_tables(results: pd.DataFrame) -> list[Table]:
     """Tables 2 to 6 of the paper; what was measured of them stands in brackets, with the difference.
 
+    The first one's note says in what else than its columns the measured cells differ from the paper's.
+
     Args:
         results: A row a cell.
     """
@@ -156,12 +161,30 @@ def published_tables(results: pd.DataFrame) -> list[Table]:
         size=[int(str(row["size"]).split("×")[0]) for row in rows],
     )
     wide = measured[measured["encoder"] == "wide_resnet50_2"]
+    ablation = _by_class(2, measured, ["encoder", "coupling_blocks", "pooling_layers", "size", "model"])
     return [
-        _by_class(2, measured, ["encoder", "coupling_blocks", "pooling_layers", "size", "model"]),
+        replace(ablation, note=f"{ablation.note} {_other_settings(measured)}".strip()),
         _by_class(3, measured, ["model", "encoder"]),
         *(_averages(number, wide, data) for number, data in ((4, "MVTecAD"), (5, "ShanghaiTechFrames"))),
         _speed(measured[measured["pixels"] == "256×256"]),
     ]
+
+
+def _other_settings(measured: pd.DataFrame) -> str:
+    """In what the measured cells differ from the paper's."""
+    from cflow_plugin import CflowPlugin  # takes seconds, and a table needs few
+
+    paper = yaml.safe_load(find_config("paper").read_text(encoding="utf-8"))["model"]["init_args"]
+    own = {name: one.default for name, one in inspect.signature(CflowPlugin).parameters.items()}
+    parts = [
+        f"{encoder} at {pixels} with {layers} layers (the paper's CFLOW-AD: three layers, each class at its best size)"
+        for encoder, pixels, layers in _distinct(measured, ["encoder", "pixels", "pooling_layers"])
+    ]
+    for title, settings in _distinct(measured[measured["anomalib_model"] == "CflowPlugin"], ["model", "settings"]):
+        taken = {**own, **json.loads(settings)}
+        other = [f"{name} {taken[name]} ({value})" for name, value in paper.items() if taken[name] != value]
+        parts.append(f"{title}, the paper's in brackets: {', '.join(other)}" if other else f"{title}: as in the paper")
+    return f"Measured were {'; '.join(parts)}." if parts else ""
 
 
 def _published_name(row: Mapping[str, Any]) -> str | None:
