@@ -1,6 +1,8 @@
+import json
 import runpy
 
 import pytest
+import torch
 
 from .conftest import ROOT
 
@@ -21,3 +23,20 @@ def test_networks_of_other_kinds_are_trained_and_exported(name):
     assert not {"refused", "wrong"} & set(row), row
     assert row["size"] == "64×64"
     assert max(row["OpenVINO"], row["ONNX"]) < script["TOLERANCE"]
+
+
+@pytest.mark.long
+def test_the_gpu_script_is_rehearsed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks/gpu.py"), run_name="imported")["main"](rehearse=True, output=tmp_path)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(row["recipe"], row["precision"]) for row in report["training"]] == [
+        ("default", "32"), ("default", "bf16-mixed"), ("paper", "32"), ("paper", "bf16-mixed"),
+    ]  # fmt: skip
+    assert report["a run repeats itself bit by bit"] is True
+    assert report["largest difference of scores"] < 1e-3
+    timed = {row["mode"]: row for row in report["inference"]}
+    assert timed["f32"]["p50 ms"] > 0
+    assert "not measured" not in timed["compiled"]
+    if not torch.cuda.is_available():
+        assert timed["CUDA graph"]["not measured"] == "CflowError: there is no GPU"

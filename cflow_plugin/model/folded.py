@@ -62,6 +62,8 @@ class FoldedModel(nn.Module):
         self.flows = ModuleListOf[FoldedFlow](
             FoldedFlow(in_full_precision(decoder), *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
         )
+        # Asked once: a look at a tensor makes a GPU wait, and cannot be part of a compiled graph.
+        self.is_calibrated = scoring.is_calibrated
         self.scoring = scoring.folded(sizes, size)
         self.whole = deepcopy(whole).to(self.dtype) if whole.is_fitted else None
         self.eval()

@@ -170,16 +170,17 @@ class CflowModel(nn.Module):
         Raises:
             CflowError: If the model has not been trained.
         """
-        if not self.scoring.is_calibrated:
+        height, width = images.shape[-2:]
+        folded = None if self.training else self.folded((height, width))
+        if not (self.scoring if folded is None else folded).is_calibrated:
             msg = (
                 "This model has not been trained, or was imported without images to calibrate it on. Pass the "
                 "checkpoint that `anomalib train`, or `cflow-plugin import-checkpoint --images FOLDER`, writes with "
                 "--ckpt_path."
             )
             raise CflowError(msg)
-        height, width = images.shape[-2:]
-        if not self.training:
-            return self.folded((height, width))(images)
+        if folded is not None:
+            return folded(images)
         pyramid = self.encoder(images)
         anomaly_map, score = self.scoring(self._log_likelihoods(pyramid), (height, width))
         if self.whole.is_fitted:

@@ -45,6 +45,8 @@ Precision = Literal["f32", "bf16", "f16", "int8", "int8-bf16"]
 
 # Its time depends on the images it retrieves, not on how many more the gallery holds; its size does.
 _SPADE_IMAGES = 60
+# Of which CflowPlugin notes the features' means: enough for all directions that it keeps.
+_IMAGES = 300
 _RESNET_LAYERS = (("layer1", "layer2", "layer3"), "layer4")  # of the pyramid, and of the whole image
 _SPADE_LAYERS = {"resnet18": _RESNET_LAYERS, "wide_resnet50_2": _RESNET_LAYERS}
 
@@ -153,6 +155,7 @@ def build_model(name: Model, backbone: str, size: int) -> AnomalibModule | Encod
         if name == "CflowPlugin":
             model = CflowPlugin(backbone=backbone, pre_trained=False, image_size=(size, size), visualizer=False)
             model.model.scoring.log_maximum.zero_()
+            model.model.whole.fit(torch.rand(_IMAGES, len(model.model.whole.mean)))
             return _with_thresholds(model.eval())
         if name == "Spade":
             return _with_thresholds(_spade(backbone, size))
