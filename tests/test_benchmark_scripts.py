@@ -37,6 +37,5 @@ def test_the_gpu_script_is_rehearsed(tmp_path, monkeypatch):
     assert report["largest difference of scores"] < 1e-3
     timed = {row["mode"]: row for row in report["inference"]}
     assert timed["f32"]["p50 ms"] > 0
-    assert "not measured" not in timed["compiled"]
     if not torch.cuda.is_available():
         assert timed["CUDA graph"]["not measured"] == "CflowError: there is no GPU"
