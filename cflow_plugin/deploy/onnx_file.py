@@ -83,9 +83,10 @@ def describe_onnx(path: Path) -> None:
     operators = sorted({node.op_type for node in graph.graph.node})
     logger.info("ONNX opset %d, operators %s.", opset, ", ".join(operators))
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in graph.graph.node if node.op_type == "Constant"}
     for node in graph.graph.node:
         if node.op_type == "TopK" and node.input[1] in constants:
-            highest = int(onnx.numpy_helper.to_array(constants[node.input[1]]).item())
+            highest = int(onnx.numpy_helper.to_array(constants[node.input[1]], str(path.parent)).item())
             if highest > _TENSORRT_TOP:
                 logger.warning(
                     "TensorRT will refuse this file: the score is the mean of the map's %d highest pixels, and "
