@@ -34,6 +34,7 @@ from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.commands.check.runtimes import NotHereError, Runtime, runtimes_for
 from cflow_plugin.data.textures import draw
 from cflow_plugin.deploy import export as export_module
+from cflow_plugin.deploy import onnx_file
 from cflow_plugin.deploy.fingerprint import result_of
 from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes
 from cflow_plugin.deploy.resizing import ExactResize
@@ -224,6 +225,7 @@ def test_weights_beside_the_file(tmp_path, monkeypatch, caplog):
     """As beyond 2 GB; and a score that TensorRT cannot compute is said to be one."""
     caplog.set_level(logging.INFO, "cflow_plugin")
     monkeypatch.setattr(export_module, "_ONE_FILE", 1000)
+    monkeypatch.setattr(onnx_file, "_TENSORRT_TOP", 200)
     model = random_model((64, 64), backbone="gabor", layers=["scale2"], top_fraction=0.95)
     path = model.to_onnx(tmp_path)
     assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
@@ -232,7 +234,10 @@ def test_weights_beside_the_file(tmp_path, monkeypatch, caplog):
     assert_agrees(run_openvino(path, images_of((50, 90), 1)), model, images_of((50, 90), 1))
     check_in_onnxruntime(path, model, [(50, 90)])
     assert re.search(r"ONNX opset 18, operators Abs, Add, .*Conv, .*TopK", caplog.text)
-    assert "TensorRT will refuse this file: the score is the mean of the map's 3891 highest pixels" in caplog.text
+    assert (
+        "TensorRT will refuse this file: the score is the mean of the map's 243 highest pixels, and it takes 200"
+        in caplog.text
+    )
 
 
 # Pre-processing of the user's own

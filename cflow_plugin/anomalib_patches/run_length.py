@@ -21,7 +21,7 @@ _DEFAULT = 1000
 
 
 def note_lengths() -> None:
-    """Let each trainer that is made from now on note which ``max_epochs`` it was given."""
+    """Let each trainer note, when it begins to train, which ``max_epochs`` it was given."""
     original = lightning_trainer._parse_loop_limits  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
     if hasattr(original, "__wrapped__"):
         return
@@ -40,6 +40,6 @@ def is_open(trainer: Trainer) -> bool:
     """Whether nobody has asked for a length.
 
     Args:
-        trainer: The trainer. Of one that was made before this package was imported, 1000 epochs count as Lightning's.
+        trainer: The trainer, being set up.
     """
     return trainer.fit_loop.max_epochs == _DEFAULT and vars(trainer).get(_GIVEN) is None
