@@ -63,7 +63,7 @@ TOGETHER = (
     r"test_ray\.py",  # one cluster at a time
     r"test_startup\.py",  # one warm process
     r"test_comparison\.py::test_(the_command|one_failure|a_killed)",
-    r"test_distributed\.py::test_(two_processes|anomalib_s)",
+    r"test_distributed\.py::test_(two_processes|anomalib_s|an_interrupt)",
     r"test_post_processing\.py::test_(exports_decide|an_exported_model)",
 )
 
@@ -205,6 +205,29 @@ def export(trained: CflowPlugin, common: Path) -> Callable[..., Path]:
         return next(folder.rglob("model.xml" if kind == "openvino" else "model.onnx"))
 
     return functools.cache(export)
+
+
+@pytest.fixture(scope="session")
+def trained_on_12_bits(common: Path) -> Path:
+    """A folder with a checkpoint and files of a model for a grey camera, and what it was trained on."""
+    from anomalib.data import Folder
+    from lightning import seed_everything
+
+    from cflow_plugin import CflowPlugin
+
+    from .test_deep_images import folder_of
+
+    def train(folder: Path) -> None:
+        seed_everything(0)
+        data = Folder(name="deep", root=folder_of(folder / "data", 26, 4095), normal_dir="good", num_workers=0)
+        model = CflowPlugin(**QUICK, epochs=1, steps_per_epoch=3, visualizer=False, target_false_alarm_rate=0.2)
+        engine = make_engine(folder / "runs")
+        engine.fit(model, datamodule=data)
+        engine.trainer.save_checkpoint(folder / "model.ckpt")
+        for kind in ("openvino", "onnx", "torch"):
+            getattr(model, f"to_{kind}")(folder)
+
+    return once(common / "twelve bits", train)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from anomalib.data import Folder, MVTecAD, UnknownDatamoduleError, get_datamodul
 from anomalib.data.utils import path as anomalib_paths
 from anomalib.models import UnknownModelError, get_model
 from anomalib.post_processing import PostProcessor
+from lightning import Trainer
+from lightning.pytorch.trainer import trainer as lightning_trainer
 from PIL import Image
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -28,6 +30,7 @@ from cflow_plugin.anomalib_patches import error_hook
 from cflow_plugin.anomalib_patches.augmentations import resize_as_model_does
 from cflow_plugin.anomalib_patches.error_hook import explain
 from cflow_plugin.anomalib_patches.file_names import accept_any_language
+from cflow_plugin.anomalib_patches.run_length import is_open
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.anomalib_patches.traced_checks import is_shape_check
 from cflow_plugin.data import Textures
@@ -35,6 +38,19 @@ from cflow_plugin.model.encoder import Encoder
 
 from .conftest import QUICK, make_engine, make_textures, run_command, run_warm
 from .test_distributed import config_file
+
+# run_length.py
+
+
+def test_a_trainer_knows_whether_its_length_was_asked_for():
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    limits = lightning_trainer._parse_loop_limits  # what a trainer calls when it begins to train
+    for given, expected in ((None, True), (1000, False), (8, False)):
+        trainer.fit_loop.max_epochs = limits(None, -1, None, given, trainer)[1]
+        assert is_open(trainer) is expected
+    # Lightning by itself cannot tell; when this fails, ours can go.
+    assert limits.__wrapped__(None, -1, None, None, trainer) == limits.__wrapped__(None, -1, None, 1000, trainer)
+
 
 # registration.py
 

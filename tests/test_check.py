@@ -8,7 +8,9 @@ import onnx
 import openvino as ov
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.deploy import CompressionType
+from lightning import seed_everything
 from openvino import opset13 as operations
 from openvino.preprocess import PrePostProcessor
 from PIL import Image
@@ -16,20 +18,21 @@ from PIL import Image
 from cflow_plugin import CflowError, CflowPlugin, __version__
 from cflow_plugin.commands.check import check
 from cflow_plugin.commands.check.comparison import alarms_expected, reference_scores_hold
+from cflow_plugin.commands.check.file import check_file
 from cflow_plugin.decisions.conformal import threshold_rank
-from cflow_plugin.decisions.reference_scores import KEY
+from cflow_plugin.decisions.reference_scores import KEY, read_reference_scores
 from cflow_plugin.deploy import export as export_module
 from cflow_plugin.deploy.fingerprint import (
     FINGERPRINT,
     RELEASE,
     decision_threshold,
     fingerprint_of,
-    note_of,
     patterns,
     tensor_of,
 )
+from cflow_plugin.deploy.runtime import note_of
 
-from .conftest import make_engine, make_textures, once, run_command
+from .conftest import SHARED, make_engine, make_textures, once, run_command
 from .test_ends import small_model
 
 KINDS = ["openvino", "onnx"]
@@ -48,6 +51,13 @@ def checked(path, folder, expect, **arguments):
     report = json.loads(output.read_text())
     assert report["differs"] == bool(expect)
     return report, {row.get("what", row.get("name")): row for row in [*report["file"], *report["runtimes"]]}
+
+
+def found(path):
+    """What the file says of itself, without running it elsewhere."""
+    return {
+        row.what: row._asdict() for row in check_file(ov.Core().read_model(path), read_reference_scores(path), 1e-3)
+    }
 
 
 def not_agreeing(rows):
@@ -183,8 +193,7 @@ def test_a_tampered_threshold(trained, export, tmp_path):
     """Before the normalisation: scores move, and with them what is anomalous."""
     threshold = trained.post_processor.image_threshold.item()
     tampered = with_constants(export(None), lambda value: value + 0.05 if abs(value - threshold) < 1e-6 else None)
-    _, rows = checked(saved(tampered, tmp_path), tmp_path, 3)
-    assert not_agreeing(rows) == {"fingerprint"}
+    assert not_agreeing(found(saved(tampered, tmp_path))) == {"fingerprint"}
 
 
 @pytest.mark.long
@@ -216,7 +225,7 @@ def test_a_tampered_decision(kind, export, tmp_path):
         node.input[place] = "tampered"
         onnx.save(model, path)
     assert decision_threshold(ov.Core().read_model(path)) == pytest.approx(0.62, abs=1e-5)
-    _, rows = checked(path, tmp_path, 3)
+    rows = found(path)
     assert "threshold" in not_agreeing(rows)
     assert "decides at a score of 0.62" in rows["threshold"]["detail"]
 
@@ -244,7 +253,7 @@ def test_a_file_of_another_release(kind, release, export, tmp_path):
         del model.metadata_props[:]
         onnx.helper.set_model_props(model, notes if release is None else {**notes, RELEASE: release})
         onnx.save(model, path)
-    _, rows = checked(path, tmp_path, 3)
+    rows = found(path)
     assert not_agreeing(rows) == {"release"}
     assert (release or "does not say its number") in rows["release"]["detail"]
 
@@ -265,7 +274,7 @@ def test_a_wrong_input_scale_in_the_graph(export, tmp_path):
     model = ov.Core().read_model(export(None))
     steps = PrePostProcessor(model)
     steps.input().preprocess().scale(255.0)
-    _, rows = checked(saved(steps.build(), tmp_path), tmp_path, 3)
+    rows = found(saved(steps.build(), tmp_path))
     assert not_agreeing(rows) >= {"fingerprint"}
     assert "takes values from 0 to 255" in rows["fingerprint"]["detail"]
 
@@ -274,16 +283,15 @@ def test_a_wrong_input_scale_in_the_graph(export, tmp_path):
 def test_a_file_that_was_compressed_after_its_thresholds(rated, tmp_path):
     path = tmp_path / "model.xml"
     ov.save_model(ov.Core().read_model(rated[1]), path, compress_to_fp16=True)
-    _, rows = checked(path, tmp_path, 3)
+    rows = found(path)
     assert "weights" in not_agreeing(rows)
     assert "f16, and at export in f32" in rows["weights"]["detail"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [CompressionType.FP16, CompressionType.INT8])
-def test_a_compressed_file_with_the_thresholds_of_another(kind, rated, tmp_path, monkeypatch):
+def test_a_compressed_file_with_the_thresholds_of_another(rated, tmp_path, monkeypatch):
     """As if its export had taken over the trained model's: all that it says of itself is then true of it."""
-    checkpoint = rated[0]
+    checkpoint, kind = rated[0], CompressionType.INT8
     model = CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     own = model.to_openvino(tmp_path / "own", compression_type=kind)
     _, rows = checked(own, tmp_path, 0, checkpoint=checkpoint)
@@ -292,6 +300,33 @@ def test_a_compressed_file_with_the_thresholds_of_another(kind, rated, tmp_path,
     stale = model.to_openvino(tmp_path / "stale", compression_type=kind)
     _, rows = checked(stale, tmp_path, 3, checkpoint=checkpoint, tolerance=1e-4)
     assert not_agreeing(rows) == {"reference scores"}
+
+
+@pytest.mark.long
+@pytest.mark.shared
+def test_quantised_files_of_a_real_encoder(tmp_path):
+    """With weights from ImageNet, on photographs; of their images some are of another size than the file's."""
+    root = SHARED / "data/cookies"
+    data = Folder(
+        name="cookies", root=root, normal_dir="train/good", normal_test_dir="test/good", abnormal_dir="test/defect",
+        num_workers=0, val_split_mode="same_as_test",
+    )  # fmt: skip
+    seed_everything(0)
+    model = CflowPlugin(
+        layers=["layer2", "layer3"], weights=str(SHARED / "weights/resnet18.tv_in1k-layer1-3.safetensors"),
+        image_size=(96, 96), coupling_blocks=2, epochs=2, steps_per_epoch=20, target_false_alarm_rate=0.15,
+        visualizer=False,
+    )  # fmt: skip
+    engine = make_engine(tmp_path / "run")
+    engine.fit(model, datamodule=data)
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    for kind in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
+        path = model.eval().to_openvino(tmp_path / kind, (96, 96), compression_type=kind, datamodule=data)
+        good = str(root / "test/good")
+        _, rows = checked(path, tmp_path, 0, checkpoint=tmp_path / "model.ckpt", images=good)
+        assert "quantized" in rows["weights"]["detail"]
+        assert "score what is stored" in rows["reference scores"]["detail"]
+        assert rows["torch"]["decisions"] is not None
 
 
 @pytest.mark.long

@@ -13,7 +13,6 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image as anomalib_read_image
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.visualization.image import item_visualizer
-from lightning import seed_everything
 from onnxruntime import InferenceSession
 from PIL import Image
 
@@ -25,7 +24,7 @@ from cflow_plugin.deploy.runtime import bits_of, compile_exported, read_exported
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.images.reading import ImageFileError, bits_in, read_image
 
-from .conftest import QUICK, make_engine, once
+from .conftest import QUICK, make_engine
 
 HIGHEST = {10: 1023, 12: 4095, 14: 16_383, 16: 65_535}
 
@@ -106,21 +105,6 @@ def folder_of(root: Path, count: int, highest: int) -> Path:
         suffix = ".png" if number % 2 else ".tif"
         write(root / f"good/{number}{suffix}", picture(2 * number, highest))
     return root
-
-
-@pytest.fixture(scope="module")
-def trained_on_12_bits(common):
-    def train(folder: Path) -> None:
-        seed_everything(0)
-        data = Folder(name="deep", root=folder_of(folder / "data", 26, 4095), normal_dir="good", num_workers=0)
-        model = CflowPlugin(**QUICK, epochs=1, steps_per_epoch=3, visualizer=False, target_false_alarm_rate=0.2)
-        engine = make_engine(folder / "runs")
-        engine.fit(model, datamodule=data)
-        engine.trainer.save_checkpoint(folder / "model.ckpt")
-        for kind in ("openvino", "onnx", "torch"):
-            getattr(model, f"to_{kind}")(folder)
-
-    return once(common / "twelve bits", train)
 
 
 def test_the_same_score_everywhere(trained_on_12_bits, tmp_path, monkeypatch):

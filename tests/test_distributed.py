@@ -1,5 +1,10 @@
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +71,26 @@ def test_two_processes_do_what_one_does(one, tmp_path):
     assert other_metrics == pytest.approx(metrics, abs=1e-5)
     assert other_files == files
     assert sum(file.endswith(".png") for file in files) == 9
+
+
+@pytest.mark.long
+def test_an_interrupt_of_two_processes_ends_in_a_sentence(tmp_path):
+    command = [Path(sys.executable).parent / "anomalib", "train", "--config", config_file(tmp_path)]
+    command += ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.max_epochs", "1000"]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while not list(tmp_path.rglob("last.ckpt")) and run.poll() is None:
+            time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)  # what a terminal does
+        assert run.wait(120) == 1
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    said = " ".join((tmp_path / "log").read_text().split())
+    assert said.count("of several processes none sets thresholds then") == 1
+    assert "pass it with --ckpt_path" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """However training ends, in whatever precision, and wherever the model then runs: one decision for one image."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from scipy.stats import betabinom
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.commands.check import check
 from cflow_plugin.decisions.conformal import p_values, threshold_rank
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy import export as export_module
@@ -126,12 +128,16 @@ def images_of(files):
 # All ways to an end
 
 
-@pytest.mark.parametrize("end", ["early stop", "time", "steps", "interrupt"])
+def assert_same_state(one, other):
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("end", ["steps", "interrupt"])  # the other ends: test_one_decision_wherever_it_is_made
 def test_every_end_leaves_thresholds_of_the_last_weights(tmp_path, data, end):
     model, checkpoint = train(tmp_path, data, end)
     loaded = CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu")
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert_same_state(model.state_dict(), loaded.state_dict())
     dataset = PredictDataset(Path(loaded.reference.files[0]).parent)
     found = scores_by_file(make_engine(tmp_path / "predict").predict(loaded, dataset=dataset))
     reference = loaded.post_processor.normalized_reference_scores.numpy()
@@ -161,12 +167,10 @@ def test_a_run_that_was_killed_before_its_thresholds_has_them_when_it_is_resumed
     assert len(torch.load(last, weights_only=True)["state_dict"]["post_processor.reference_scores"]) == 0
     for number in range(2):  # and once more from what that leaves
         resumed, last = train(tmp_path / str(number), data, "planned", ckpt_path=last, limit_val_batches=0)
-        for name, value in whole.state_dict().items():
-            torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert_same_state(whole.state_dict(), resumed.state_dict())
 
 
-@pytest.mark.parametrize("end", ["planned", "early stop"])
-@pytest.mark.parametrize("rate", [RATE, None])
+@pytest.mark.parametrize(("end", "rate"), [("planned", RATE), ("early stop", None)])
 def test_thresholds_are_of_the_best_decoders_that_a_run_ends_with(tmp_path, data, monkeypatch, end, rate):
     worse = iter(range(100))
     monkeypatch.setattr("cflow_plugin.training.best.unseen_likelihoods", lambda *_: [-float(next(worse))])
@@ -220,7 +224,7 @@ def test_validation_is_as_often_as_asked(tmp_path, data):
 # In every precision
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "64-true"])  # bf16-mixed: with the files
 def test_every_precision_has_thresholds_of_its_own_scores(tmp_path, data, precision):
     model, checkpoint = train(tmp_path, data, "planned", precision=precision)
     files = model.reference.files
@@ -271,6 +275,14 @@ def test_held_out_images_pass_through_what_new_ones_do(tmp_path, given):
     engine.test(model, datamodule=data_of("good", "other") if given else data_of("other", "good"))
     scores = np.array([kept.scores[file] for file in files])
     np.testing.assert_allclose(np.sort(scores), model.post_processor.reference_scores.numpy(), rtol=0, atol=1e-6)
+    if given:
+        return
+    # And so they do for a compressed file's thresholds and in a check, without the data module.
+    file = model.eval().to_openvino(tmp_path, compression_type=CompressionType.FP16)
+    checkpoint = next((tmp_path / "run").rglob("model.ckpt"))
+    check(file, checkpoint, output=tmp_path / "check.json")
+    held = next(row for row in json.loads((tmp_path / "check.json").read_text())["file"] if "scores" in row["what"])
+    assert "score what is stored" in held["detail"]
 
 
 class Keep(Callback):
@@ -376,10 +388,10 @@ def test_one_decision_wherever_it_is_made(tmp_path, monkeypatch, data, ends, pre
     # Where two ends leave the same checkpoint, each file stands for both.
     states = []
     for end in ends:
-        _, checkpoint = train(tmp_path / end, data, end, precision=precision)
+        trained, checkpoint = train(tmp_path / end, data, end, precision=precision)
         states.append(torch.load(checkpoint, weights_only=True)["state_dict"])
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[-1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert_same_state(trained.state_dict(), states[-1])
+    assert_same_state(states[0], states[-1])
     model = CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     held_out = images_of(model.reference.files)
     new = torch.stack([item.image for item in data.test_data if "good" in item.image_path])

@@ -6,7 +6,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from anomalib.data import Folder, MVTecAD, PredictDataset, Tabular
+from anomalib.data import MPDD, VAD, AutoVI, BTech, Folder, Kolektor, MVTecAD, PredictDataset, Tabular
 from anomalib.data.datasets.image import folder as anomalib_folder
 from anomalib.data.utils import image as anomalib_images
 from PIL import Image
@@ -179,24 +179,53 @@ def test_a_folder_lacks_a_mask(root):
         folder_of(root)
 
 
+GONE, EXTRA = "no mask for 1 image of defects", "no image of a defect for 1 mask"
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("kind", "change", "words"),
     [
-        (lambda root: shutil.rmtree(root / "ground_truth"), r"no mask for 2 images of defects \(\S*test/hole/001.png"),
-        (lambda root: (root / "ground_truth/hole/001_mask.png").unlink(), r"no mask for 1 image.*001\.png"),
-        (lambda root: (root / "test/hole/001.png").unlink(), r"no image of a defect for 1 mask.*001_mask"),
-        (lambda root: (root / "ground_truth/hole").rename(root / "ground_truth/holes"), "no mask for 2.*no image.*2"),
-        (lambda root: write(root, "test/hole/1.png", "test/hole/11.png", "ground_truth/hole/1_mask.png",
-                            "ground_truth/hole/11_mask.png"), "sorted in different orders"),
+        (MVTecAD, lambda root: shutil.rmtree(root / "ground_truth"), r"no mask for 2.*test/hole/001.png"),
+        (MVTecAD, lambda root: (root / "ground_truth/hole/001_mask.png").unlink(), rf"{GONE}.*001\.png"),
+        (MVTecAD, lambda root: (root / "test/hole/001.png").unlink(), f"{EXTRA}.*001_mask"),
+        (MVTecAD, lambda root: (root / "ground_truth/hole").rename(root / "ground_truth/holes"),
+         "no mask for 2.*no image.*2"),
+        (MVTecAD, lambda root: write(root, "test/hole/1.png", "test/hole/11.png", "ground_truth/hole/1_mask.png",
+                                     "ground_truth/hole/11_mask.png"), r"1\.png would get the mask \S*11_mask\.png"),
+        (MPDD, lambda root: (root / "ground_truth/hole/001_mask.png").unlink(), rf"{GONE}.*001\.png"),
+        (VAD, lambda root: (root / "test/hole/001.png").unlink(), f"{EXTRA}.*001_mask"),
+        (AutoVI, lambda root: shutil.rmtree(root / "ground_truth/hole/001"), rf"{GONE}.*001\.png"),
+        (BTech, lambda root: (root / "ground_truth/hole/002.png").unlink(), rf"{GONE}.*002\.png"),
+        (Kolektor, lambda root: write(root, "kos1/Part10.jpg", "kos1/Part10_label.bmp"),
+         r"Part1\.jpg would get the mask \S*Part10_label\.bmp.*another image's"),
+        (Kolektor, lambda root: (root / "kos1/Part1_label.bmp").unlink(), rf"{GONE}.*kos1/Part1\.jpg"),
+        (Kolektor, lambda root: (root / "kos2/Part0.jpg").unlink(), f"{EXTRA}.*kos2/Part0_label"),
     ],
 )  # fmt: skip
-def test_mvtec_ad_folders_that_do_not_match(tmp_path, change, words):
-    root = write(tmp_path / "bottle", "train/good/000.png", "test/good/000.png", "test/hole/001.png",
-                 "test/hole/002.png", "ground_truth/hole/001_mask.png", "ground_truth/hole/002_mask.png")  # fmt: skip
-    MVTecAD(root=tmp_path, category="bottle").setup()
+def test_published_data_sets_that_do_not_match(tmp_path, kind, change, words):
+    """As they are, with hidden files among them, and changed."""
+    category = "pipe_clip" if kind is AutoVI else "bottle"
+    root, settings = tmp_path / category, {"category": category}
+    good = "ok" if kind is BTech else "good"
+    mask = {BTech: "ground_truth/hole/{}.png", AutoVI: "ground_truth/hole/{}/0000.png"}
+    if kind is Kolektor:
+        settings = {}
+        root = write(
+            tmp_path, *(f"kos{n}/Part{i}{end}" for n in (1, 2) for i in range(3) for end in (".jpg", "_label.bmp"))
+        )
+        for number in (1, 2):
+            Image.new("L", (8, 8), 0).save(root / f"kos{number}/Part2_label.bmp")
+            Image.new("L", (8, 8), 0).save(root / f"kos{number}/Part0_label.bmp")
+    else:
+        write(root, *(f"{part}/{good}/{number:03d}.png" for part in ("train", "test") for number in range(2)))
+        for number in ("001", "002"):
+            write(root, f"test/hole/{number}.png", mask.get(kind, "ground_truth/hole/{}_mask.png").format(number))
+    for file in list(root.rglob("*.*")):
+        write(file.parent, f"._{file.name}")
+    kind(root=tmp_path, **settings).setup()
     change(root)
     with pytest.raises(CflowError, match=words):
-        MVTecAD(root=tmp_path, category="bottle").setup()
+        kind(root=tmp_path, **settings).setup()
 
 
 # Tables

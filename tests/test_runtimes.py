@@ -1,12 +1,15 @@
 """Exported files in every runtime at hand: the same scores and decisions, whatever an image's size; and the samples."""
 
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,6 +17,7 @@ import openvino as ov
 import pytest
 import torch
 from anomalib.pre_processing import PreProcessor
+from openvino import opset13 as operations
 from PIL import Image
 from torch.nn import functional
 from torchvision.transforms.v2 import (
@@ -26,24 +30,42 @@ from torchvision.transforms.v2 import (
     Resize,
 )
 
-from cflow_plugin import CflowError
+from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.commands.check.runtimes import NotHereError, Runtime, runtimes_for
 from cflow_plugin.data.textures import draw
+from cflow_plugin.deploy import export as export_module
+from cflow_plugin.deploy import onnx_file
+from cflow_plugin.deploy.fingerprint import result_of
+from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes
 from cflow_plugin.deploy.resizing import ExactResize
+from cflow_plugin.deploy.runtime import compile_exported
 
 from .conftest import once, run_command
-from .test_export import F32, assert_agrees, images_of, random_model, run_openvino
+from .test_export import F32, assert_agrees, check_in_onnxruntime, images_of, random_model, run_openvino
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SIZES = [(64, 64), (32, 32), (70, 200), (301, 97), (800, 600)]
+_random = np.random.default_rng(1)
+SIZES = [(64, 64), (32, 32), (70, 200), (301, 97), (800, 600), (3000, 4000)]
+SIZES += [tuple(size) for size in np.exp(_random.uniform(np.log(32), np.log(900), (44, 2))).astype(int).tolist()]
+NODE_RUNTIMES = ["onnxruntime-node", "onnxruntime-web"]
+EIGHT_BITS = 40  # of the fifty; the others have 12 in 16
 
 
 @pytest.mark.parametrize("new", [(64, 64), (33, 70), (300, 200)])
 @pytest.mark.parametrize("old", [(64, 64), (100, 75), (32, 500), (2000, 31)])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_the_resizing_is_torch_s(old, new, mode):
-    images = torch.rand(1, 3, *old)
+    pixels = np.random.default_rng(0).integers(0, 256, (*old, 3), dtype=np.uint8)
+    images = torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
     expected = functional.interpolate(images.double(), new, mode=mode, antialias=True).float()
     torch.testing.assert_close(ExactResize(new, mode)(images), expected, rtol=0, atol=2e-5)
+    # And a file's, of camera bytes.
+    given = operations.parameter([1, 3, *new], ov.Type.f32)
+    model = ov.Model([operations.multiply(given, np.float32(1))], [given], "nothing")
+    take_other_sizes(model, mode)
+    take_bytes(model)
+    found = torch.from_numpy(ov.Core().compile_model(model, "CPU", F32)(pixels[None])[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
     if old == new and mode == "bilinear":
         assert torch.equal(ExactResize(new)(images), images)
 
@@ -54,20 +76,35 @@ def test_a_size_of_the_shorter_side(old):
     torch.testing.assert_close(ExactResize([40])(images), Resize(40, antialias=True)(images), rtol=0, atol=2e-6)
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def write_picture(path: Path, number: int) -> Path:
     """Pictures of many sizes; in the large ones is noise, which a reduction without smoothing takes for defects."""
-    generator = np.random.default_rng(0)
-    for number, (height, width) in enumerate(SIZES):
-        kind = "hole" if number % 2 else "good"
-        texture = Image.fromarray(draw("weave", kind, "test", number, size=64).image).resize((width, height))
-        noise = 25 if height * width > 10_000 else 0
-        noisy = np.asarray(texture) + generator.normal(0, noise, (height, width, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
-    return sorted(folder.glob("*.png"))
+    height, width = SIZES[number]
+    kind = "hole" if number % 2 else "good"
+    texture = Image.fromarray(draw("weave", kind, "test", number, size=64).image).resize((width, height))
+    noise = (
+        np.random.default_rng(number).normal(0, 25, (256, 256, 3)) if height * width > 10_000 else np.zeros((1, 1, 3))
+    )
+    noise = np.tile(noise, (height // len(noise) + 1, width // len(noise) + 1, 1))[:height, :width]
+    values = (np.asarray(texture) + noise).clip(0, 255)
+    deep = (values[..., 0] / 255 * 4095).astype(np.uint16)
+    cv2.imwrite(str(path), values.astype(np.uint8)[..., ::-1] if number < EIGHT_BITS else deep)
+    return path
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """As a camera gives them: blue first, a grey one three times."""
+    found = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    return found if found.ndim == 3 else np.repeat(found[..., None], 3, 2)
 
 
 def tensor_of(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(Image.open(path)).transpose(2, 0, 1)[None].copy()).float() / 255
+    found = np.asarray(Image.open(path))
+    found = found / np.float32(np.iinfo(found.dtype).max)
+    return (
+        torch.from_numpy(found)[None].permute(0, 3, 1, 2)
+        if found.ndim == 3
+        else torch.from_numpy(found).expand(1, 3, -1, -1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,44 +117,81 @@ def camera_file(trained, common):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return pictures_in(tmp_path_factory.mktemp("pictures"))
+    folder = tmp_path_factory.mktemp("pictures")
+    return [write_picture(folder / f"{number}.png", number) for number in range(5)]
+
+
+@torch.no_grad()
+def expected_of(model, paths):
+    found = {path: model(tensor_of(path)) for path in paths}
+    assert len({round(float(result.anomaly_map.mean()), 5) for result in found.values()}) == len(found)
+    return found
 
 
 @pytest.fixture(scope="module")
 def expected(trained, pictures):
-    with torch.no_grad():
-        found = {path: trained(tensor_of(path)) for path in pictures}
-    assert len({round(float(result.anomaly_map.mean()), 5) for result in found.values()}) == len(found)
+    found = expected_of(trained, pictures)
     assert len({round(float(result.pred_score), 3) for result in found.values()}) > 1
     return found
 
 
-@pytest.mark.parametrize("runtime", ["openvino of .xml", "openvino of .onnx", "onnxruntime", "camera bytes"])
-def test_noisy_images_of_many_sizes(runtime, trained, export, camera_file, pictures, expected):
-    path = export(None, "onnx") if "onnx" in runtime else export(None)
-    path = camera_file if runtime == "camera bytes" else path
-    if runtime == "onnxruntime":
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-    else:
-        compiled = ov.Core().compile_model(path, "CPU", F32)
-    for picture in pictures:
-        images = tensor_of(picture)
-        if runtime == "onnxruntime":
-            results = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
-        elif runtime == "camera bytes":
-            found = compiled(np.asarray(Image.open(picture))[None, ..., ::-1].copy())
-            results = {name: found[name] for name in ("anomaly_map", "pred_score", "pred_label", "pred_mask")}
-        else:
-            results = run_openvino(compiled, images)
-        assert_agrees(results, trained, images, tolerance=1e-4)
-        assert bool(results["pred_label"].item()) == bool(expected[picture].pred_label)
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [8, 12])
+def test_fifty_images_in_every_runtime(bits, trained, export, camera_file, trained_on_12_bits, tmp_path):
+    """The same scores, maps and decisions as torch's; what does not take a file says so."""
+    numbers = range(EIGHT_BITS) if bits == 8 else range(EIGHT_BITS, len(SIZES))
+    paths = [write_picture(tmp_path / f"{number}.png", number) for number in numbers]
+    model, files = trained, {"xml": export(None), "onnx": export(None, "onnx"), "camera": camera_file}
+    if bits == 12:
+        model = CflowPlugin.load_from_checkpoint(trained_on_12_bits / "model.ckpt", map_location="cpu").eval()
+        files = {kind: next(trained_on_12_bits.rglob(f"model.{kind}")) for kind in ("xml", "onnx")}
+        files["camera"] = model.to_openvino(tmp_path / "camera", ov_kwargs={"camera_bytes": True})
+    expected = expected_of(model, paths)
+    pixels = {path: pixels_of(path) for path in paths}
+    ran, refused = set(), {}
+    for kind, file in files.items():
+        read = ov.Core().read_model(file)
+        runtimes = runtimes_for(file, read, model if kind == "onnx" else None)
+        if kind == "xml":
+            scorer = compile_exported(file, "CPU", "f32")
+            runtimes.append(
+                Runtime("score and watch", lambda scorer=scorer: lambda pixels: result_of(scorer([pixels[None]])))
+            )
+        for runtime in runtimes:
+            if kind == "onnx" and ("model-api" in runtime.name or "OpenVINOInferencer" in runtime.name):
+                continue  # as OpenVINO, which reads the file for them
+            if runtime.rounding:  # of fewer digits
+                continue
+            try:
+                run = runtime.open()
+            except NotHereError as error:
+                refused[kind, runtime.name] = str(error)
+                continue
+            ran.add((kind, runtime.name))
+            for path, wanted in expected.items():
+                found = run(pixels[path])
+                assert found.score == pytest.approx(float(wanted.pred_score), abs=1e-4), (kind, runtime.name, path.name)
+                assert found.label == bool(wanted.pred_label)
+                if found.map is not None:
+                    np.testing.assert_allclose(found.map, wanted.anomaly_map[0, 0].numpy(), rtol=0, atol=1e-4)
+    everywhere = {(kind, "OpenVINO f32") for kind in files}
+    everywhere |= {("xml", name) for name in ("anomalib OpenVINOInferencer", "score and watch")}
+    assert ran >= everywhere | {("onnx", name) for name in ("ONNX Runtime", "torch", "anomalib TorchInferencer")}
+    if find_spec("model_api"):
+        assert {kind for kind, name in ran if name == "openvino-model-api"} == (
+            {"xml", "camera"} if bits == 8 else {"camera"}
+        )
+    assert all(re.match("it takes|not installed", words) for words in refused.values()), refused
 
 
 def test_one_file_of_plain_operations(export):
     """It can be copied alone, and holds no operation whose meaning is a runtime's own."""
     path = export(None, "onnx")
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    assert_plain(path)
+
+
+def assert_plain(path):
     model = onnx.load(path)
     kinds = {node.op_type for node in model.graph.node}
     assert "Resize" not in kinds
@@ -145,6 +219,25 @@ def test_one_image_at_a_time_unless_asked_otherwise(kind, export, trained, tmp_p
     path = getattr(model, f"to_{kind}")(tmp_path, input_size=(32, 32), **options)
     compiled = ov.Core().compile_model(path, "CPU", F32)
     assert_agrees(run_openvino(compiled, images_of((32, 32), 3)), model, images_of((32, 32), 3))
+
+
+def test_weights_beside_the_file(tmp_path, monkeypatch, caplog):
+    """As beyond 2 GB; and a score that TensorRT cannot compute is said to be one."""
+    caplog.set_level(logging.INFO, "cflow_plugin")
+    monkeypatch.setattr(export_module, "_ONE_FILE", 1000)
+    monkeypatch.setattr(onnx_file, "_TENSORRT_TOP", 200)
+    model = random_model((64, 64), backbone="gabor", layers=["scale2"], top_fraction=0.95)
+    path = model.to_onnx(tmp_path)
+    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert path.stat().st_size < (tmp_path / "weights/onnx/model.onnx.data").stat().st_size
+    assert_plain(path)
+    assert_agrees(run_openvino(path, images_of((50, 90), 1)), model, images_of((50, 90), 1))
+    check_in_onnxruntime(path, model, [(50, 90)])
+    assert re.search(r"ONNX opset 18, operators Abs, Add, .*Conv, .*TopK", caplog.text)
+    assert (
+        "TensorRT will refuse this file: the score is the mean of the map's 243 highest pixels, and it takes 200"
+        in caplog.text
+    )
 
 
 # Pre-processing of the user's own
@@ -245,18 +338,6 @@ def test_sample_model_api_python(kind, export, pictures, expected):
     check_sample([sys.executable, EXAMPLES / "model_api_python.py", export(None, kind)], pictures, expected)
 
 
-def test_model_api_takes_camera_bytes(camera_file, pictures, expected):
-    adapters = pytest.importorskip("model_api.adapters")
-    models = pytest.importorskip("model_api.models")
-    model = models.Model.create_model(
-        adapters.OpenvinoAdapter(adapters.create_core(), str(camera_file), device="CPU", plugin_config=F32)
-    )
-    for picture in pictures:
-        result = model(np.asarray(Image.open(picture))[..., ::-1].copy())
-        assert float(result.pred_score) == pytest.approx(float(expected[picture].pred_score), abs=1e-4)
-        assert (result.pred_label == "True") == bool(expected[picture].pred_label)
-
-
 def test_model_api_on_a_fixed_size(trained, export, tmp_path):
     """Images of the size that the file was made for; others are resized by the wrapper, without smoothing."""
     if find_spec("model_api") is None:
@@ -268,12 +349,29 @@ def test_model_api_on_a_fixed_size(trained, export, tmp_path):
     check_sample([sys.executable, EXAMPLES / "model_api_python.py", export((64, 64))], [picture], expected)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime-node", "onnxruntime-web"])
-def test_sample_node(runtime, export, pictures, expected, monkeypatch):
-    modules = os.environ.get("CFLOW_NODE_MODULES")  # the folder in which `npm install` was run
-    if shutil.which("node") is None or modules is None or not (Path(modules) / "node_modules" / runtime).is_dir():
-        pytest.skip("needs Node, and CFLOW_NODE_MODULES=FOLDER with onnxruntime-node, onnxruntime-web and pngjs")
-    monkeypatch.chdir(modules)
+@pytest.fixture(scope="module")
+def node_modules(common):
+    """A folder with ONNX Runtime for Node and for browsers, from npm."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("needs Node and npm")
+
+    def install(folder: Path) -> None:
+        (folder / "package.json").write_text("{}")
+        command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *NODE_RUNTIMES, "pngjs"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            (folder / "failed").write_text(done.stderr[-300:])
+
+    folder = once(common / "node", install)
+    if (folder / "failed").exists():
+        pytest.skip(f"npm installs nothing here: {(folder / 'failed').read_text()}")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("runtime", NODE_RUNTIMES)
+def test_sample_node(runtime, node_modules, export, pictures, expected, monkeypatch):
+    monkeypatch.chdir(node_modules)
     check_sample(["node", EXAMPLES / "onnxruntime_node.mjs", export(None, "onnx")], pictures, expected, RUNTIME=runtime)
 
 

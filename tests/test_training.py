@@ -71,13 +71,16 @@ def test_only_decoders_and_constants_change(tmp_path, textures):
     assert all(not torch.equal(before[f"decoders.{name}"], after[f"decoders.{name}"]) for name in parameters)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, 3), (1, 1)])
-def test_a_run_ends_where_its_recipe_does(tmp_path, textures, asked, expected):
+@pytest.mark.parametrize(("asked", "planned"), [(None, 3), (1, 1), (1000, 1000)])
+def test_a_run_ends_where_its_recipe_does(tmp_path, textures, asked, planned):
+    """Or where the user says, be it Lightning's own default."""
     model = quick_model(epochs=3)
-    engine = make_engine(tmp_path, **({} if asked is None else {"max_epochs": asked}))
+    settings = {} if asked is None else {"max_epochs": asked}
+    engine = make_engine(tmp_path, callbacks=[StopAfter(4)], **settings)
     engine.fit(model, datamodule=textures)
-    assert engine.trainer.current_epoch == expected
-    assert engine.trainer.global_step == expected * 3
+    assert engine.trainer.max_epochs == planned
+    assert engine.trainer.current_epoch == min(planned, 4)
+    assert engine.trainer.global_step == engine.trainer.current_epoch * 3
 
 
 def test_the_recipe_s_length_comes_from_the_number_of_images(tmp_path, textures):

@@ -23,9 +23,11 @@ from cflow_plugin.images.listing import IMAGES
 from cflow_plugin.images.loading import (
     augmentations_in_use,
     data_module_of,
+    described,
     images_in,
     loader_of,
     loader_of_part,
+    rebuilt,
     with_augmentations,
 )
 from cflow_plugin.images.reading import check_images
@@ -53,6 +55,7 @@ class ReferenceImages:
         loader: Loader of the images, or ``None`` where thresholds do not come from any.
         chosen: Which training images are held out (``indices``), of how many (``images``); a resumed run needs it.
         files: The images' files, as far as they are files.
+        steps: What they pass through before the model, as :func:`~cflow_plugin.images.loading.described` says it.
 
     Raises:
         CflowError: If the share is out of range.
@@ -68,6 +71,7 @@ class ReferenceImages:
         self.loader: DataLoader[Any] | None = None
         self.chosen: dict[str, Any] | None = None
         self.files: list[str] = []
+        self.steps: list[dict[str, Any]] = []
 
     def hold_out(
         self,
@@ -154,6 +158,7 @@ class ReferenceImages:
         total = images_in(images)
         in_use = augmentations_in_use(data)
         _warn_of_augmentations(in_use)
+        self.steps = described(getattr(data, "test_augmentations", None))
         if self._folder is not None:
             given = given_images(self._folder, in_use)
             check_enough(len(given), rate)
@@ -206,7 +211,7 @@ class ReferenceImages:
         Raises:
             CflowError: If they are not at hand.
         """
-        transform = getattr(data, "test_augmentations", None)
+        transform = rebuilt(self.steps) if data is None else getattr(data, "test_augmentations", None)
         found = _find_files(self.files, data)
         if found is not None and len(found) == images:
             return ConcatDataset([PredictDataset(file, transform) for file in found])

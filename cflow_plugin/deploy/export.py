@@ -26,18 +26,17 @@ from cflow_plugin.deploy.graph import (
     convert_to_openvino,
     fix_batch,
     free_dimensions,
-    note_in_onnx,
-    settle_onnx,
-    take_bytes,
     with_decisions,
 )
 from cflow_plugin.deploy.model_info import model_info
+from cflow_plugin.deploy.onnx_file import describe_onnx, note_in_onnx, settle_onnx
+from cflow_plugin.deploy.openvino_input import take_bytes
 from cflow_plugin.deploy.quantization import check_data, compress
-from cflow_plugin.deploy.resizing import steps_of
 from cflow_plugin.deploy.runtime import BITS, ENCODER_KEY
 from cflow_plugin.deploy.thresholds import threshold_images, thresholds_of
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_folder
+from cflow_plugin.images.loading import steps_of
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.torch_model import CflowModel
 
@@ -86,11 +85,11 @@ class FoldedExport(_Base):
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
             written = graph.to_onnx(partial, model_file_name, input_size, **options)
-            if not options["external_data"]:  # of several files the graph's own would no longer find the weights
-                settle_onnx(written)
+            settle_onnx(written)
             info = model_info(self._bits(), input_size, takes_bytes=False)
             notes = self._notes(self.post_processor, openvino.Core().read_model(written))
             note_in_onnx(written, {**notes, **{f"model_info {name}": value for name, value in info.items()}})
+        describe_onnx(path)
         return path
 
     def to_openvino(
@@ -151,7 +150,8 @@ class FoldedExport(_Base):
         if images is not None:
             post_processor = thresholds_of(model, self, images)
         model = with_decisions(model, post_processor)
-        model = take_bytes(model, self._bits()) if camera_bytes else model
+        if camera_bytes:
+            take_bytes(model, self._bits())
         if "input" not in arguments:
             fix_batch(model, batch)
         for key, value in self._notes(post_processor, model).items():

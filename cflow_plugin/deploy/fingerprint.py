@@ -6,7 +6,6 @@ __all__ = [
     "Result",
     "decision_threshold",
     "fingerprint_of",
-    "note_of",
     "patterns",
     "result_of",
     "size_of",
@@ -84,12 +83,12 @@ def tensor_of(pixels: NDArray[Any]) -> NDArray[np.float32]:
     """Pixels as files without camera bytes take them.
 
     Args:
-        pixels: Shape ``(H, W, 3)``, blue first, bytes or 16-bit values.
+        pixels: Shape ``(H, W, 3)``, blue first: bytes, 16-bit values, or in single precision between 0 and 1.
 
     Returns:
         Shape ``(1, 3, H, W)``, red first, between 0 and 1.
     """
-    highest = np.float32(255 if pixels.dtype == np.uint8 else 65535)
+    highest = np.float32({"uint8": 255, "uint16": 65535}.get(pixels.dtype.name, 1))
     return np.divide(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1)[None]), highest, dtype=np.float32)
 
 
@@ -242,16 +241,3 @@ def stored_types(model: ov.Model) -> list[str]:
         elif kind == "FakeQuantize":
             found.add("quantized")
     return sorted(found - {"i32", "i64", "boolean"})
-
-
-def note_of(model: ov.Model, key: str) -> str | None:
-    """What a file says under a key.
-
-    Args:
-        model: As OpenVINO has read it from an .xml or .onnx file.
-        key: The key; a path's parts are divided by spaces.
-    """
-    for place in (key.split(), ["framework", key]):  # of an .xml file, of an .onnx file
-        if model.has_rt_info(place):
-            return model.get_rt_info(place).astype(str)
-    return None

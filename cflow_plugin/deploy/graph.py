@@ -5,16 +5,10 @@ __all__ = [
     "convert_to_openvino",
     "fix_batch",
     "free_dimensions",
-    "note_in_onnx",
-    "settle_onnx",
-    "take_bytes",
     "with_decisions",
 ]
 
-import logging
-from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,23 +20,18 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule
 from openvino import opset13 as operations
-from openvino.preprocess import ColorFormat, PrePostProcessor
 from torch import nn
 
+from cflow_plugin.deploy.openvino_input import take_other_sizes
 from cflow_plugin.deploy.resizing import ExactResize, exportable
-from cflow_plugin.deploy.runtime import RESIZING
 from cflow_plugin.errors import CflowError
-from cflow_plugin.files import atomic_file
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.folded import FoldedModel
 
 if TYPE_CHECKING:
     from cflow_plugin.model.torch_model import CflowModel
 
-logger = logging.getLogger(__name__)
-
 _RAW = ("pred_score", "anomaly_map")
-_SMALL = 64  # numbers in what may be computed beforehand: settings, and no weights
 
 
 class InferenceGraph(ExportMixin, LightningModule):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]  as in anomalib's own modules
@@ -190,13 +179,8 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
     for output, name in zip(converted.outputs, _RAW, strict=True):
         output.get_tensor().set_names({name})
     if resizes:
-        # OpenVINO has an operation for this, but none for torch's.
-        steps = PrePostProcessor(converted)
-        steps.input().model().set_layout(ov.Layout("NCHW"))
-        tensor = steps.input().tensor().set_layout(ov.Layout("NCHW"))
-        tensor.set_spatial_static_shape(*input_size) if input_size else tensor.set_spatial_dynamic_shape()
-        steps.input().preprocess().resize(RESIZING[inference.interpolation])
-        converted = steps.build()
+        given = None if input_size is None else (input_size[0], input_size[1])
+        take_other_sizes(converted, inference.interpolation, given)
     _keep_positions_in_parts(converted, inference.model)
     _name_matrix_products(converted, inference.model)
     return converted
@@ -215,22 +199,6 @@ def free_dimensions(input_size: tuple[int, int] | None, batch: int | None = None
     return ({axis: torch.export.Dim(name, max=2**31 - 1) for axis, name in names.items()},)
 
 
-def take_bytes(model: ov.Model, bits: int = 8) -> ov.Model:
-    """Let a converted model take images as cameras give them: ``(B, H, W, 3)``, blue first, in whole numbers.
-
-    Args:
-        model: What :func:`convert_to_openvino` returned.
-        bits: Bits of a value in the images: bytes for 8, and otherwise 16-bit values in the scale of their files.
-    """
-    steps = PrePostProcessor(model)
-    tensor = steps.input().tensor().set_element_type(ov.Type.u8 if bits == 8 else ov.Type.u16)
-    tensor.set_layout(ov.Layout("NHWC")).set_color_format(ColorFormat.BGR)
-    steps.input().model().set_layout(ov.Layout("NCHW"))
-    prepare = steps.input().preprocess().convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB)
-    prepare.scale(255.0 if bits == 8 else 65535.0)
-    return steps.build()
-
-
 def fix_batch(model: ov.Model, batch: int | None) -> None:
     """Give a converted model a batch of fixed size.
 
@@ -241,58 +209,6 @@ def fix_batch(model: ov.Model, batch: int | None) -> None:
     shape = model.input(0).partial_shape
     shape[0] = ov.Dimension() if batch is None else batch
     model.reshape(shape)
-
-
-def settle_onnx(path: Path) -> None:
-    """Take choices out of an ONNX file that are made already, such as whether there is a range to normalise by.
-
-    A runtime that takes them out itself may leave an output with two names, and then OpenVINO's users, anomalib's
-    inferencer among them, find it by either.
-
-    Args:
-        path: The file.
-    """
-    from onnxscript import ir, optimizer  # they take their time, and only ONNX needs them
-
-    def is_settled(node: ir.Node) -> bool | None:
-        return True if all(value is None or value.const_value is not None for value in node.inputs) else None
-
-    model = ir.load(path)
-    graph = model.graph
-    optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=is_settled)
-    for node in [node for node in graph if node.op_type == "Where"]:
-        inputs, result = node.inputs, node.outputs[0]
-        condition = None if inputs[0] is None else ir.convenience.get_const_tensor(inputs[0])
-        if condition is None or condition.size != 1:
-            continue
-        chosen = inputs[1 if condition.numpy().item() else 2]
-        if chosen is None or chosen.producer() is None or chosen.is_graph_output():
-            continue
-        for place, output in enumerate(graph.outputs):
-            if output is result:
-                graph.outputs[place] = chosen
-                result.name, chosen.name = f"{result.name}_before", result.name
-        ir.convenience.replace_all_uses_with(result, chosen)
-    optimizer.remove_unused_nodes(model)
-    with atomic_file(path) as partial:
-        ir.save(model, partial)
-
-
-def note_in_onnx(path: Path, notes: Mapping[str, str]) -> None:
-    """Add notes to an ONNX file's metadata.
-
-    Args:
-        path: The file.
-        notes: Texts by their keys; without any the file is left alone.
-    """
-    if not notes:
-        return
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {**{entry.key: entry.value for entry in model.metadata_props}, **notes})
-    with atomic_file(path) as partial:
-        onnx.save(model, partial)
 
 
 def _keep_positions_in_parts(converted: ov.Model, model: FoldedModel) -> None:

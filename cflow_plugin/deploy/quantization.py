@@ -1,6 +1,6 @@
 """An exported model in fewer bits: what may be, and what ranges come from."""
 
-__all__ = ["TrainingImages", "check_data", "compress", "fixed_size", "quantize", "quantize_with_accuracy_control"]
+__all__ = ["TrainingImages", "check_data", "compress", "quantize", "quantize_with_accuracy_control"]
 
 import logging
 import tempfile
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import resize
 
+from cflow_plugin.deploy.fingerprint import size_of
 from cflow_plugin.errors import CflowError
 
 logger = logging.getLogger(__name__)
@@ -76,18 +77,12 @@ def compress(
     if kind == CompressionType.INT8:
         return _nncf().compress_weights(model)
     data = check_data(kind, datamodule)
-    images = TrainingImages(data, fixed_size(model), leave_out=leave_out)
+    images = TrainingImages(data, size_of(model), leave_out=leave_out)
     logger.info("Calibrating INT8 on %d training images.", len(images))
     if kind == CompressionType.INT8_PTQ:
         return quantize(model, images)
     metric = metric or F1Score(fields=["pred_label", "gt_label"])
     return quantize_with_accuracy_control(model, images, data.val_dataloader(), metric, max_drop, post_processor)
-
-
-def fixed_size(model: ov.Model) -> tuple[int, int] | None:
-    """Height and width of the images that a model takes, or ``None`` where they may differ."""
-    shape = model.input(0).partial_shape
-    return None if shape[2].is_dynamic else (shape[2].get_length(), shape[3].get_length())
 
 
 class TrainingImages:
@@ -192,7 +187,7 @@ def quantize_with_accuracy_control(
         The quantized model.
     """
     nncf = _nncf()
-    size = fixed_size(model)
+    size = size_of(model)
 
     def measure(compiled: ov.CompiledModel, batches: Iterable[Batch]) -> float:
         metric.reset()

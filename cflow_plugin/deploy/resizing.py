@@ -1,6 +1,6 @@
 """Pre-processing that means the same in every runtime: resizing as plain arithmetic, crops, and what is refused."""
 
-__all__ = ["ExactResize", "exportable", "steps_of"]
+__all__ = ["ExactResize", "exportable"]
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torchvision.transforms.v2 import (
     CenterCrop,
-    Compose,
     Grayscale,
     Identity,
     Normalize,
@@ -22,6 +21,7 @@ from torchvision.transforms.v2 import (
 )
 
 from cflow_plugin.errors import CflowError
+from cflow_plugin.images.loading import steps_of
 
 # What gives an image the same outcome each time, in operations that all runtimes have.
 _EXPORTABLE = (CenterCrop, Grayscale, Identity, Normalize, Pad, ToDtype, ToImage)
@@ -100,20 +100,6 @@ def exportable(transform: Transform | None) -> list[nn.Module]:
             the same in every runtime.
     """
     return [_exportable(step) for step in steps_of(transform)]
-
-
-def steps_of(transform: Any) -> list[Any]:
-    """A transform's steps, whatever they are packed in.
-
-    Args:
-        transform: A transform, or ``None``.
-    """
-    if transform is None:
-        return []
-    if isinstance(transform, Compose | nn.Sequential):
-        parts = transform.transforms if isinstance(transform, Compose) else transform
-        return [step for part in parts for step in steps_of(part)]
-    return [transform]
 
 
 def _exportable(step: Any) -> nn.Module:

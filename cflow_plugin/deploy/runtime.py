@@ -3,23 +3,22 @@
 __all__ = [
     "BITS",
     "ENCODER_KEY",
-    "RESIZING",
     "ExportedModel",
     "bits_of",
     "compile_exported",
     "encoder_of",
+    "note_of",
     "read_exported",
     "read_file",
 ]
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import openvino as ov
-from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 
+from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes
 from cflow_plugin.errors import CflowError
 
 BITS = "cflow_plugin_bits"
@@ -53,12 +52,6 @@ class ExportedModel(NamedTuple):
 ENCODER_KEY = "cflow_plugin_encoder"
 """Under this name an exported file says what its encoder is and what input it takes, as JSON."""
 
-RESIZING: Mapping[str, ResizeAlgorithm] = {
-    "bilinear": ResizeAlgorithm.RESIZE_BILINEAR_PILLOW,
-    "bicubic": ResizeAlgorithm.RESIZE_BICUBIC_PILLOW,
-}
-"""OpenVINO's operations that smooth what they reduce, as torch's do, by their names in torch."""
-
 
 def encoder_of(model: ov.Model) -> dict[str, Any]:
     """What an exported file says of its encoder: backbone, layers, where the weights are from, and the input it takes.
@@ -69,10 +62,20 @@ def encoder_of(model: ov.Model) -> dict[str, Any]:
     Returns:
         Nothing where it is of another model or an older release.
     """
-    for path in ([ENCODER_KEY], ["framework", ENCODER_KEY]):  # of an .xml file, of an .onnx file
-        if model.has_rt_info(path):
-            return json.loads(model.get_rt_info(path).astype(str))
-    return {}
+    return json.loads(note_of(model, ENCODER_KEY) or "{}")
+
+
+def note_of(model: ov.Model, key: str) -> str | None:
+    """What a file says under a key.
+
+    Args:
+        model: As OpenVINO has read it from an .xml or .onnx file.
+        key: The key; a path's parts are divided by spaces.
+    """
+    for place in (key.split(), ["framework", key]):  # of an .xml file, of an .onnx file
+        if model.has_rt_info(place):
+            return model.get_rt_info(place).astype(str)
+    return None
 
 
 def read_file(path: Path) -> tuple[ov.Model, set[str]]:
@@ -125,19 +128,10 @@ def read_exported(path: Path) -> ov.Model:
     # quarter of all compilations of one with the filter bank, none of one with ResNet-18.
     shape[0] = 1
     model.reshape(shape)
-    steps = PrePostProcessor(model)
-    tensor = steps.input().tensor()
-    deep = bits_of(model) > 8
-    tensor.set_element_type(ov.Type.u16 if deep else ov.Type.u8).set_layout(ov.Layout("NHWC")).set_color_format(
-        ColorFormat.BGR
-    )
-    steps.input().model().set_layout(ov.Layout("NCHW"))
-    prepare = steps.input().preprocess()
-    prepare.convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(65535.0 if deep else 255.0)
     if shape[2].is_static:
-        tensor.set_spatial_dynamic_shape()
-        prepare.resize(RESIZING[encoder.get("interpolation", "bilinear")])
-    return steps.build()
+        take_other_sizes(model, encoder.get("interpolation", "bilinear"))
+    take_bytes(model, bits_of(model))
+    return model
 
 
 def bits_of(model: ov.Model) -> int:
@@ -146,10 +140,7 @@ def bits_of(model: ov.Model) -> int:
     Args:
         model: An exported model, as OpenVINO reads it.
     """
-    for place in ([BITS], ["framework", BITS]):  # of an .xml file, and of an .onnx file
-        if model.has_rt_info(place):
-            return int(model.get_rt_info(place).astype(str))
-    return 8
+    return int(note_of(model, BITS) or 8)
 
 
 def compile_exported(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
-from cflow_plugin.deploy.quantization import fixed_size
+from cflow_plugin.deploy.fingerprint import size_of
 from cflow_plugin.errors import CflowError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def thresholds_of(model: ov.Model, trained: AnomalibModule, images: Dataset[Any]
     """
     processor = deepcopy(cast("PostProcessor", trained.post_processor)).cpu()
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    size = fixed_size(model)
+    size = size_of(model)
     logger.info("Scoring %d images with the compressed model for its thresholds.", len(cast("Sized", images)))
     scores, maxima = [], []
     for batch in DataLoader(images, batch_size=1, collate_fn=_collate_of(images)):

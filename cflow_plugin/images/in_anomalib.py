@@ -3,14 +3,18 @@
 __all__ = ["install"]
 
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import anomalib.data  # noqa: F401  its modules must have imported what is replaced in them
 import numpy as np
 import torch
-from anomalib.data.datasets.image import folder, mvtecad, tabular
+from anomalib.data.datasets import image as data_sets
+from anomalib.data.datasets.image import folder, tabular
+from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import image as anomalib_images
 from anomalib.data.utils import path as anomalib_paths
 from pandas import DataFrame
@@ -19,8 +23,8 @@ from torchvision.tv_tensors import Image as ImageTensor
 
 from cflow_plugin.anomalib_patches.image_files import use_for_pictures, wrap
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.listing import is_hidden, visible
-from cflow_plugin.images.pairing import check_roles, check_table, match_mvtec_ad, pair_masks
+from cflow_plugin.images.listing import IMAGES, visible
+from cflow_plugin.images.pairing import check_pairs, check_roles, check_table, match_beside, match_folders, pair_masks
 from cflow_plugin.images.reading import load_pixels
 
 _EIGHT_BITS = 255
@@ -32,10 +36,13 @@ def install() -> None:
     wrap(anomalib_images.get_image_filenames_from_dir, _list_images)
     wrap(anomalib_paths._prepare_files_labels, _list_role)  # noqa: SLF001
     wrap(folder.make_folder_dataset, _make_folder)
-    wrap(mvtecad.make_mvtec_ad_dataset, _make_mvtec_ad)
     wrap(tabular.make_tabular_dataset, _make_table)
-    # The one look that anomalib takes at every file of an MVTec AD folder; no other data set is to be changed.
-    setattr(mvtecad, "is_within_directory", _is_visible_within)  # noqa: B010  it is not exported there
+    for name, module in list(sys.modules.items()):
+        if name.startswith(data_sets.__name__) and hasattr(module, "validate_path"):
+            vars(module)["validate_path"] = _Root.of
+            for key, function in list(vars(module).items()):
+                if re.fullmatch(r"make_(\w+_)?dataset", key):
+                    wrap(function, _make_published)
     use_for_pictures(_picture)
 
 
@@ -46,8 +53,9 @@ def _read(original: Any, path: str | os.PathLike, as_tensor: bool = False) -> to
     highest = np.iinfo(pixels.dtype).max
     if not as_tensor:
         return pixels / highest
-    values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32))
-    return ImageTensor(values / highest)
+    values = np.empty((3, *pixels.shape[:2]), np.float32)  # of a large image there is no room for more than one
+    np.divide(pixels.transpose(2, 0, 1), np.float32(highest), out=values, dtype=np.float32)
+    return ImageTensor(torch.from_numpy(values))
 
 
 def _picture(path: str | os.PathLike) -> Image.Image:
@@ -80,8 +88,15 @@ def _list_role(
     return files, [path_type] * len(files)
 
 
-def _is_visible_within(directory: Path, target: Path) -> bool:
-    return anomalib_paths.is_within_directory(directory, target) and not is_hidden(target.relative_to(directory))
+class _Root(type(Path())):
+    """The folder of a published data set, in which nothing hidden is found."""
+
+    @classmethod
+    def of(cls, path: str | Path, *args: Any, **kwargs: Any) -> Path:
+        return cls(anomalib_paths.validate_path(path, *args, **kwargs))
+
+    def glob(self, pattern: str, **kwargs: Any) -> Iterator[Path]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return iter(visible([file for file in super().glob(pattern, **kwargs) if file.suffix.lower() in IMAGES], self))
 
 
 # Samples
@@ -118,9 +133,18 @@ def _files(
     return [file for one in every for file in anomalib_paths._prepare_files_labels(one, "", extensions)[0]]  # noqa: SLF001
 
 
-def _make_mvtec_ad(original: Any, root: str | Path, *args: Any, **kwargs: Any) -> DataFrame:
-    match_mvtec_ad(Path(root))
-    return original(root, *args, **kwargs)
+def _make_published(original: Any, *args: Any, **kwargs: Any) -> DataFrame:
+    """Anomalib's table of a published data set; where its masks do not match, a sentence that names them."""
+    root = Path(str(args[0] if args else kwargs.get("root", kwargs.get("path"))))
+    suffixes = getattr(sys.modules[original.__module__], "IMG_EXTENSIONS", IMAGES)
+    match_folders(root, {suffix.lower() for suffix in suffixes})
+    try:
+        samples = original(*args, **kwargs)
+    except (MisMatchError, TypeError, ValueError):
+        match_beside(root)
+        raise
+    check_pairs(samples)
+    return samples
 
 
 def _make_table(original: Any, samples: Any, root: str | Path | None = None, split: Any = None) -> DataFrame:

@@ -1,10 +1,10 @@
 """Images, masks and labels that belong together, and what is wrong where they do not match."""
 
-__all__ = ["check_roles", "check_table", "match_mvtec_ad", "pair_masks"]
+__all__ = ["check_pairs", "check_roles", "check_table", "match_beside", "match_folders", "pair_masks"]
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pandas import DataFrame
@@ -15,6 +15,7 @@ from cflow_plugin.images.listing import IMAGES, is_hidden
 _SHOWN = 3
 _LABELS = ("normal", "abnormal", "normal_test")
 _SPLITS = ("train", "test", "val")
+_GOOD = ("good", "ok")
 _NAMED = "A mask has its image's name, or that with a word before or behind: 000.png or 000_mask.png for 000.png."
 
 
@@ -44,6 +45,7 @@ def pair_masks(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path
     for mask in masks:
         for stem in _stems_in(mask.stem):
             by_stem[stem].append(mask)
+    folders = {image.parent.name for image in images}
     several = {stem for stem, count in _count(image.stem for image in images).items() if count > 1}
     found: dict[Path, Path] = {}
     lacking: list[Path] = []
@@ -52,7 +54,8 @@ def pair_masks(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path
         exact = [mask for mask in candidates if mask.stem == image.stem]
         candidates = exact or candidates
         if image.stem in several or len(candidates) > 1:
-            candidates = [mask for mask in candidates if mask.parent.name == image.parent.name] or candidates
+            beside = [mask for mask in candidates if mask.parent.name == image.parent.name]
+            candidates = beside or [mask for mask in candidates if mask.parent.name not in folders]
         if len(candidates) > 1:
             names = _names(candidates)
             message = f"{len(candidates)} masks could belong to {image}: {names}. {_NAMED}"
@@ -113,45 +116,101 @@ def check_roles(roles: Mapping[str, Sequence[Path]]) -> None:
                 raise CflowError(message)
 
 
-def match_mvtec_ad(root: Path) -> None:
-    """Compare images of defects with masks, in folders as MVTec AD has them.
+def match_folders(root: Path, suffixes: Collection[str] = IMAGES) -> None:
+    """Compare images of defects with masks in the folders that most published data sets have.
+
+    These are ``test/KIND/NAME.png`` and ``ground_truth/KIND/NAME_mask.png``, or ``NAME`` as a folder of several masks.
 
     Args:
         root: Folder with ``test`` and ``ground_truth``; one that is not there is left to anomalib.
+        suffixes: What counts as an image.
 
     Raises:
         CflowError: If they do not match.
     """
-    images, masks = _by_kind(root, "test"), _by_kind(root, "ground_truth")
-    if not images:
-        return
+    images, masks = _by_kind(root, "test", suffixes), _by_kind(root, "ground_truth", suffixes)
     lacking: list[Path] = []
     unused: list[Path] = []
-    for kind in sorted(images.keys() | masks.keys()):
+    for kind in sorted(images.keys() | masks.keys()) if images else ():
         of_kind = images.get(kind, []), masks.get(kind, [])
         if all(of_kind):
-            paired = pair_masks(*of_kind)
-            if [paired[image] for image in of_kind[0]] != of_kind[1]:
-                message = (
-                    f"The images of {root / 'test' / kind} and their masks are sorted in different orders by their "
-                    "names; fill numbers up with zeros, 001.png and 001_mask.png for example."
-                )
-                raise CflowError(message)
-        elif kind != "good" or of_kind[1]:
+            _pair_in_order(*of_kind)
+        elif kind not in _GOOD or of_kind[1]:
             lacking += of_kind[0]
             unused += of_kind[1]
     _complain_of(lacking, unused)
 
 
-def _by_kind(root: Path, split: str) -> dict[str, list[Path]]:
-    """PNG files, which are what anomalib takes here, by the folder that they lie in."""
+def match_beside(root: Path) -> None:
+    """Compare images with masks that lie beside them, as BMP beside JPEG, or in folders called ``label``.
+
+    Args:
+        root: Folder with all of them; of one that has no such masks nothing is said.
+
+    Raises:
+        CflowError: If they do not match.
+    """
+    files = [file for file in sorted(root.rglob("*")) if file.suffix.lower() in IMAGES]
+    files = [file for file in files if not is_hidden(file.relative_to(root))]
+    masks = [file for file in files if file.parent.name == "label" or file.suffix.lower() == ".bmp"]
+    if 0 < len(masks) < len(files):
+        _pair_in_order([file for file in files if file not in set(masks)], masks)
+
+
+def _pair_in_order(images: Sequence[Path], masks: Sequence[Path]) -> None:
+    """Refuse what anomalib, which pairs the first image with the first mask, would pair otherwise than names do."""
+    paired = pair_masks(images, masks)
+    for image, mask in zip(images, masks, strict=True):
+        if paired[image] != mask:
+            _complain_of_order(image, mask)
+
+
+def _complain_of_order(image: Path, mask: Path) -> None:
+    message = (
+        f"{image} would get the mask {mask}, which by its name is another image's: names are sorted in different "
+        "orders. Fill numbers up with zeros, 001.png and 001_mask.png for example."
+    )
+    raise CflowError(message)
+
+
+def _by_kind(root: Path, split: str, suffixes: Collection[str]) -> dict[str, list[Path]]:
+    """Images, or folders of masks, by the folder that they lie in."""
     found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted((root / split).glob("*/*")):
-        if file.suffix in {".png", ".PNG"} and not is_hidden(file.relative_to(root)):
+        is_taken = file.suffix.lower() in suffixes or (split == "ground_truth" and file.is_dir())
+        if is_taken and not is_hidden(file.relative_to(root)):
             found[file.parent.name].append(file)
     if split == "test":
-        found.pop("good", None)
+        for kind in _GOOD:
+            found.pop(kind, None)
     return found
+
+
+def check_pairs(samples: DataFrame) -> None:
+    """Check the masks that a data set gives to its images of defects.
+
+    Args:
+        samples: Columns ``image_path``, ``mask_path`` (a path, several, or none) and ``label_index``.
+
+    Raises:
+        CflowError: If a mask is not there, or is by its name another image's.
+    """
+    if not {"mask_path", "label_index"} <= set(samples.columns):
+        return
+    pairs = [
+        (Path(image), Path(mask))
+        for image, masks, label in zip(samples["image_path"], samples["mask_path"], samples["label_index"], strict=True)
+        for mask in (masks if isinstance(masks, list) else [masks])
+        if label == 1 and isinstance(mask, str) and mask
+    ]
+    if absent := [mask for _, mask in pairs if not mask.is_file()]:
+        message = f"There is no mask {_names(absent)}, which {_number(absent, 'image')} of defects should have."
+        raise CflowError(message)
+    stems = {Path(image).stem for image in samples["image_path"]}
+    for image, mask in pairs:
+        names = _stems_in(mask.stem) | {mask.parent.name}
+        if image.stem not in names and names & stems:
+            _complain_of_order(image, mask)
 
 
 def check_table(samples: DataFrame, root: Path | None) -> None:

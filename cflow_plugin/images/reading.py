@@ -74,7 +74,7 @@ def load_pixels(path: str | os.PathLike) -> np.ndarray:
     with _reasons(path), Image.open(path) as image:
         if _is_deep(image):
             return np.repeat(np.asarray(image).astype(np.uint16)[..., None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def contradiction(pixels: np.ndarray, bits: int) -> str | None:

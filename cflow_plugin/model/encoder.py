@@ -73,7 +73,8 @@ class Encoder(nn.Module):
         self.source: str | None = None
         self._neighbourhood = neighbourhood
         self._numbers: dict[str, int] = {}  # of the layers among timm's features, unless they are traced
-        if image_size is not None and not (isinstance(image_size, Sequence) and len(image_size) == 2):
+        is_size = isinstance(image_size, Sequence) and [type(side) for side in image_size] == [int, int]
+        if image_size is not None and not (is_size and min(image_size) > 0):
             msg = f"image_size is a height and a width, for example (256, 256); got {image_size!r}."
             raise CflowError(msg)
         size = None if image_size is None else (image_size[0], image_size[1])

@@ -119,8 +119,14 @@ class Calibration(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave an interrupted training with a model that can be used."""
         started = self.vectors is not None and self.vectors.bank is not None and trainer.global_step > 0
-        # Several processes are not at the same step when they are interrupted, and would wait for each other.
-        if not isinstance(exception, KeyboardInterrupt) or not started or self._is_busy or trainer.world_size > 1:
+        if not isinstance(exception, KeyboardInterrupt) or not started or self._is_busy:
+            return
+        if trainer.world_size > 1:  # these are not at the same step when interrupted, and would wait for each other
+            logger.warning(
+                "Interrupted in epoch %d; of several processes none sets thresholds then. Each whole epoch is in "
+                "last.ckpt: to go on, or to end with thresholds, pass it with --ckpt_path.",
+                trainer.current_epoch,
+            )
             return
         logger.info("Interrupted in epoch %d; setting the thresholds of the model as it is.", trainer.current_epoch)
         if trainer.enable_validation:

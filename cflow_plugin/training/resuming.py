@@ -90,6 +90,7 @@ class Progress:
             "pace": self.pace.state(),
             "reference_images": reference.chosen,
             "reference_files": reference.files,
+            "reference_steps": reference.steps,
             "encoder_weights": encoder.source,
             "versions": versions(),
         }
@@ -109,6 +110,7 @@ class Progress:
         self.training_has_begun = True
         encoder.source = found.get("encoder_weights") or "a checkpoint that does not say where they are from"
         reference.chosen, reference.files = found.get("reference_images"), found.get("reference_files", [])
+        reference.steps = found.get("reference_steps", [])
 
     def tests_what_was_trained(self, module: AnomalibModule, checkpoint: dict[str, Any]) -> bool:
         """Whether a test is of the model as it was just trained; the checkpoint is then made to hold that model.

@@ -7,15 +7,17 @@ import sys
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
 
+from cflow_plugin.anomalib_patches.run_length import is_open, note_lengths
 from cflow_plugin.anomalib_patches.screen import leave_out_summary
 from cflow_plugin.errors import CflowError
 from cflow_plugin.images.loading import data_module_of
 from cflow_plugin.training.validation import is_watched
 
-_LIGHTNING_DEFAULT_EPOCHS = 1000
 _SHORTEST_RUN = 8  # epochs, for so few images or fewer:
 _FEW_IMAGES = 32
 _LONGEST_RUN = 200
+
+note_lengths()
 
 
 def check_positive(**settings: float | None) -> None:
@@ -94,7 +96,7 @@ def plan_run(trainer: Trainer, epochs: int | None) -> None:
     leave_out_summary(trainer)
     data = data_module_of(trainer)
     loops = trainer.fit_loop
-    if loops.max_epochs == _LIGHTNING_DEFAULT_EPOCHS:
+    if is_open(trainer):
         # Who passes bare loaders is told so later.
         loops.max_epochs = epochs or recipe_epochs(1 if data is None else len(data.train_data))
     if trainer.check_val_every_n_epoch == 1 and not is_watched(trainer):

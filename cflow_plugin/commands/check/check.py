@@ -20,16 +20,15 @@ from cflow_plugin.commands.check.comparison import (
     Row,
     alarms_expected,
     compare,
-    files_known,
     reference_scores_hold,
 )
 from cflow_plugin.commands.check.file import Finding, check_file, rate_of
-from cflow_plugin.commands.check.runtimes import NotHereError, Runtime, runtimes_for
+from cflow_plugin.commands.check.runtimes import Run, runtimes_for
 from cflow_plugin.commands.score.listing import list_images
 from cflow_plugin.decisions.reference_scores import read_reference_scores
-from cflow_plugin.deploy.fingerprint import RELEASE, note_of, size_of, size_of_pattern, stored_types
-from cflow_plugin.deploy.runtime import bits_of, encoder_of, read_file
-from cflow_plugin.errors import CflowError, first_line
+from cflow_plugin.deploy.fingerprint import RELEASE, size_of, size_of_pattern, stored_types
+from cflow_plugin.deploy.runtime import bits_of, encoder_of, note_of, read_file
+from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -83,9 +82,10 @@ def check(
     findings = check_file(exported, stored, of_file)
 
     interpolation = encoder_of(exported).get("interpolation", "bilinear")
-    pictures = Pictures(files, bits_of(exported), size_of(exported), size_of_pattern(exported), interpolation)
+    sizes = size_of(exported), size_of_pattern(exported)
+    pictures = Pictures(files, bits_of(exported), *sizes, interpolation, _transform_of(trained))
     reference_files = [] if trained is None else list(trained.reference.files)
-    own = files_known(reference_files)
+    own = {Path(file).parts[-3:] for file in reference_files}  # wherever they lie now
     fresh = [pictures.patterns + index for index, file in enumerate(files) if Path(file).parts[-3:] not in own]
     rate = rate_of(exported)
     alarms = alarms_expected(fresh, None if stored is None else len(stored), rate)
@@ -99,7 +99,7 @@ def check(
         single = results if runtime.name == "OpenVINO f32" else single
         rows.append(row)
 
-    again = _scores_of(runtimes_for(model.absolute(), exported), pictures, reference_files)
+    again = _scores_of(runtimes_for(model.absolute(), exported)[0].open(), trained, size_of(exported))
     scores = np.array([single[index].score for index in fresh]) if single else np.empty(0)
     allowed = of_file if pictures.size is None else max(of_file, _RESIZED)
     findings.append(reference_scores_hold(stored, again, scores, allowed))
@@ -141,29 +141,43 @@ def _read(path: Path) -> ov.Model:
 
 def _load(checkpoint: Path) -> Any:
     """The trained model."""
-    if not checkpoint.is_file():
-        message = f"There is no checkpoint {checkpoint}."
-        raise CflowError(message)
-    from cflow_plugin.training.lightning_model import CflowPlugin  # only a checkpoint needs torch
+    from cflow_plugin.training.checkpoints import translate_errors  # only a checkpoint needs torch
+    from cflow_plugin.training.lightning_model import CflowPlugin
 
-    try:
+    with translate_errors(checkpoint):
         return CflowPlugin.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    except CflowError:
-        raise
-    except Exception as error:  # what damaged files raise differs
-        message = f"{checkpoint} could not be read as a checkpoint of CflowPlugin ({first_line(error)})."
-        raise CflowError(message) from error
 
 
-def _scores_of(runtimes: list[Runtime], pictures: Pictures, files: list[str]) -> np.ndarray | None:
-    """A file's own scores of the images that set its thresholds, where they lie where they did."""
-    if not files or not all(Path(file).is_file() for file in files):
+def _transform_of(trained: Any) -> Any:
+    """What the data module did to images before the model saw them, as far as the checkpoint says so."""
+    if trained is None:
         return None
+    from cflow_plugin.images.loading import rebuilt
+
     try:
-        run = runtimes[0].open()
-    except NotHereError:
+        return rebuilt(trained.reference.steps)
+    except CflowError as error:
+        logger.warning("Images are given to the file as they are. %s", error)
         return None
-    return np.array([run(pictures.read(file)).score for file in files])
+
+
+def _scores_of(run: Run, trained: Any, size: tuple[int, int] | None) -> np.ndarray | None:
+    """A file's own scores of the images that set its thresholds, prepared as then, if they lie where they did."""
+    if trained is None or not trained.reference.files:
+        return None
+    from torchvision.transforms.v2.functional import resize  # there with the checkpoint's torch
+
+    try:
+        images = trained.reference.find_again(None, len(trained.reference.files))
+    except CflowError as error:
+        logger.info("The images that set the thresholds are not scored again. %s", error)
+        return None
+    scores = []
+    for index in range(len(images)):
+        image = images[index].image
+        image = image if size is None else resize(image, list(size), antialias=True)
+        scores.append(run(image.permute(1, 2, 0).flip(-1).numpy()).score)
+    return np.array(scores)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

@@ -1,11 +1,10 @@
 """One runtime's results beside the reference's, image by image."""
 
-__all__ = ["Alarms", "Pictures", "Row", "alarms_expected", "compare", "files_known", "reference_scores_hold"]
+__all__ = ["Alarms", "Pictures", "Row", "alarms_expected", "compare", "reference_scores_hold"]
 
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +34,7 @@ class Pictures(NamedTuple):
         size: Height and width that a file takes; others are resized once, to whole numbers, the same for all runtimes.
         pattern: Height and width of the built-in pattern, which comes first.
         interpolation: How images are resized, ``bilinear`` or ``bicubic``.
+        transform: What the data module did to images before, if anything.
     """
 
     files: list[str]
@@ -42,6 +42,7 @@ class Pictures(NamedTuple):
     size: tuple[int, int] | None
     pattern: tuple[int, int]
     interpolation: str
+    transform: Any = None
 
     def all(self) -> Iterator[NDArray[Any]]:
         """Pattern and images, as a runtime is given them."""
@@ -56,12 +57,19 @@ class Pictures(NamedTuple):
             file: The file.
         """
         pixels = read_image(file, self.bits)
+        highest = np.iinfo(pixels.dtype).max
+        if self.transform is not None:
+            import torch  # there with the checkpoint that knows of it
+
+            image = torch.from_numpy(pixels.astype(np.float32) / highest).permute(2, 0, 1)
+            values = self.transform(image).permute(1, 2, 0).numpy() * highest
+            pixels = values.round().clip(0, highest).astype(pixels.dtype)
         if self.size is None or pixels.shape[:2] == self.size:
             return pixels
         new, kind = (self.size[1], self.size[0]), Image.Resampling[self.interpolation.upper()]
         channels = [Image.fromarray(pixels[..., index].astype(np.float32)).resize(new, kind) for index in range(3)]
-        highest = 2**self.bits - 1
-        return np.stack([np.asarray(channel) for channel in channels], -1).round().clip(0, highest).astype(pixels.dtype)
+        resized = np.stack([np.asarray(channel) for channel in channels], -1)
+        return resized.round().clip(0, 2**self.bits - 1).astype(pixels.dtype)
 
     @property
     def patterns(self) -> int:
@@ -250,12 +258,3 @@ def reference_scores_hold(
         return Finding(what, True, f"The images given score as the reference images did ({medians}).")
     detail = f"The images given do not score as the reference images did ({medians}): they are no new good images, or "
     return Finding(what, False, detail + stale)
-
-
-def files_known(files: list[str]) -> set[tuple[str, ...]]:
-    """What files are known by where they lie somewhere else.
-
-    Args:
-        files: Paths.
-    """
-    return {Path(file).parts[-3:] for file in files}

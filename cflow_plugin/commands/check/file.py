@@ -16,13 +16,12 @@ from cflow_plugin.deploy.fingerprint import (
     RELEASE,
     decision_threshold,
     fingerprint_of,
-    note_of,
     size_of,
     stored_types,
     takes_bytes,
 )
 from cflow_plugin.deploy.model_info import model_info
-from cflow_plugin.deploy.runtime import bits_of
+from cflow_plugin.deploy.runtime import bits_of, note_of
 from cflow_plugin.errors import CflowError
 
 _HALF = 0.5

@@ -19,10 +19,11 @@ from cflow_plugin.deploy.fingerprint import Result, result_of, takes_bytes, tens
 from cflow_plugin.deploy.runtime import bits_of
 
 Run = Callable[[NDArray[Any]], Result]
-"""Scores an image ``(H, W, 3)``, blue first: bytes, or 16-bit values."""
+"""Scores an image ``(H, W, 3)``, blue first: bytes, 16-bit values, or in single precision between 0 and 1."""
 
 # Differences of scores between 0 and 1 that come of fewer digits alone.
 _OF_FEWER_DIGITS = {"f32": 0.0, "f16": 0.01, "bf16": 0.05}
+_CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}  # by OpenVINO's names
 
 
 class NotHereError(Exception):
@@ -71,21 +72,28 @@ def runtimes_for(path: Path, model: ov.Model, trained: Any = None, torch_first: 
 
 def _openvino(path: Path, model: ov.Model, precision: str) -> Run:
     core = ov.Core()
+    if (name := _CAPABILITIES[precision]) not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        message = f"this processor does not compute in {precision} ({name} is not among its capabilities)"
+        raise NotHereError(message)
     whole = takes_bytes(model)
     read = core.read_model(path)
     shape = read.input(0).partial_shape
     shape[0] = 1
     read.reshape(shape)
-    try:
-        compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-    except RuntimeError as error:
-        message = f"this processor does not compute in {precision}"
-        raise NotHereError(message) from error
+    compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     executed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if executed != precision:
         message = f"OpenVINO computes in {executed} on this processor"
         raise NotHereError(message)
-    return lambda pixels: result_of(compiled(pixels[None] if whole else tensor_of(pixels)))
+    highest = np.array(255 if bits_of(model) == 8 else 65535, np.uint8 if bits_of(model) == 8 else np.uint16)
+
+    def run(pixels: NDArray[Any]) -> Result:
+        if not whole:
+            return result_of(compiled(tensor_of(pixels)))
+        given = (pixels * highest).round().astype(highest.dtype) if pixels.dtype == np.float32 else pixels
+        return result_of(compiled(given[None]))
+
+    return run
 
 
 def _onnxruntime(path: Path) -> Run:

@@ -19,6 +19,8 @@ from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.images.reading import ImageFileError, read_image
 
+_READ_AHEAD = 2**29  # bytes of images that wait
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,6 +61,7 @@ class Scorer:
         self._queue = ov.AsyncInferQueue(compiled)
         self._queue.set_callback(self._keep)
         self._alone = compiled.create_infer_request()
+        self._ahead = len(self._queue)  # images in memory, until one has shown how large they are
         self._readers = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1)
 
     def __call__(self, batch: list[str]) -> list[Row]:
@@ -72,10 +75,9 @@ class Scorer:
         """
         rows: list[Row | None] = [None] * len(batch)
         reading: deque[tuple[int, Future[np.ndarray | str]]] = deque()
-        ahead = 2 * len(self._queue) + 2  # so many images are in memory, and no more
         for place, path in enumerate(batch):
             reading.append((place, self._readers.submit(self._read, path)))
-            if len(reading) > ahead:
+            while len(reading) > self._ahead:
                 self._start(batch, rows, *reading.popleft())
         while reading:
             self._start(batch, rows, *reading.popleft())
@@ -97,6 +99,7 @@ class Scorer:
         if isinstance(image, str):
             rows[place] = Row(batch[place], error=image)
             return
+        self._ahead = max(1, min(2 * len(self._queue) + 2, _READ_AHEAD // max(1, image.nbytes)))
         with suppress(RuntimeError):  # without a row it is tried again, alone
             self._queue.start_async([image[None]], (batch, rows, place))
 
