@@ -250,6 +250,82 @@ def test_torchvision_s_weights(theirs, name, stage, layer, tmp_path):
     torch.testing.assert_close(encoder(images)[0], network.features[:stage](images))
 
 
+def test_names_that_a_file_has_sorted_are_not_mapped_by_their_order(tmp_path):
+    # Biases come before weights then, in the same sizes.
+    network = torchvision.models.efficientnet_b0().eval()
+    save_file({name: value for name, value in network.state_dict().items()}, tmp_path / "weights.safetensors")
+    with pytest.raises(CflowError, match=r"lacks conv_stem\.weight"):
+        load_file(Encoder("efficientnet_b0", ["blocks.2"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings", "prefix"),
+    [
+        ("vit_small_patch14_reg4_dinov2", "Dinov2WithRegisters", {"patch_size": 14, "image_size": 70}, 5),
+        ("vit_small_patch16_dinov3_qkvb", "DINOv3ViT", {"intermediate_size": 1536, "num_register_tokens": 4}, 5),
+        ("deit_small_distilled_patch16_224", "DeiT", {"intermediate_size": 1536}, 2),
+        ("vit_small_patch16_224", "ViT", {"intermediate_size": 1536}, 1),
+        ("vit_base_patch16_siglip_256", "SiglipVision", {"hidden_size": 768, "intermediate_size": 3072}, 0),
+        ("convnext_tiny", "ConvNext", {}, None),
+        ("convnext_tiny.dinov3_lvd1689m", "DINOv3ConvNext", {}, None),
+    ],
+)
+def test_weights_that_transformers_has_saved(name, kind, settings, prefix, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's transformers")
+    torch.manual_seed(0)
+    small = {"image_size": 64, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 4}
+    small["num_attention_heads"] = settings.get("hidden_size", 384) // 64
+    settings = settings if prefix is None else {**small, **settings}
+    network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():  # nothing is zero or one that could be left out without being missed
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim < 2 else 0)
+    network.save_pretrained(tmp_path)
+    size = settings.get("image_size", 64)
+    encoder = Encoder(name, ["stages.1" if prefix is None else "blocks.2"], image_size=(size, size))
+    load_file(encoder, tmp_path)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        states = network(images, output_hidden_states=True).hidden_states
+    expected = states[-3] if prefix is None else states[3][:, prefix:].mT.unflatten(2, encoder(images)[0].shape[2:])
+    # timm computes SigLIP's GELU itself, transformers its approximation by a hyperbolic tangent.
+    torch.testing.assert_close(encoder(images)[0], expected, rtol=1e-3, atol=1e-2 if "siglip" in name else 1e-4)
+
+
+def test_weights_in_the_names_of_transformers(tmp_path):
+    """The same without that package: the names of its DINOv2, of one block, written out."""
+    torch.manual_seed(0)
+    name = "vit_small_patch14_reg4_dinov2"
+    timm_s = Encoder(name, ["blocks.0"], image_size=(70, 70)).network.state_dict()
+    timm_s = {key: torch.randn_like(value) for key, value in timm_s.items()}
+    block = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1"}
+    names = {
+        f"blocks.0.{ours}.{kind}": f"encoder.layer.0.{theirs}.{kind}"
+        for ours, theirs in (block | {"mlp.fc2": "mlp.fc2"}).items()
+        for kind in ("weight", "bias")
+    }
+    names |= {f"blocks.0.ls{number}.gamma": f"encoder.layer.0.layer_scale{number}.lambda1" for number in (1, 2)}
+    names |= {f"patch_embed.proj.{kind}": f"embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")}
+    names["reg_token"] = "embeddings.register_tokens"
+    saved = {theirs: timm_s[ours] for ours, theirs in names.items()}
+    for kind in ("weight", "bias"):
+        parts = timm_s[f"blocks.0.attn.qkv.{kind}"].chunk(3)
+        for part, value in zip(("query", "key", "value"), parts, strict=True):
+            saved[f"encoder.layer.0.attention.attention.{part}.{kind}"] = value.contiguous()
+    # The class token has a position there, which timm adds beforehand.
+    position = torch.randn(1, 1, 384)
+    saved["embeddings.cls_token"] = timm_s["cls_token"] - position
+    saved["embeddings.position_embeddings"] = torch.cat([position, timm_s["pos_embed"]], 1)
+    saved["embeddings.mask_token"] = torch.zeros(1, 384)
+    save_file({f"dinov2.{key}": value for key, value in saved.items()}, tmp_path / "model.safetensors")
+    encoder = Encoder(name, ["blocks.0"], image_size=(70, 70))
+    load_file(encoder, tmp_path)
+    torch.testing.assert_close(encoder.network.state_dict(), timm_s)
+    unbiased = Encoder("vit_small_patch16_dinov3", ["blocks.0"], image_size=(64, 64))
+    with pytest.raises(CflowError, match="_qkvb"):
+        load_file(unbiased, tmp_path)
+
+
 def test_prefixes_and_position_embeddings_of_another_size(tmp_path):
     torch.manual_seed(0)
     network = create_model("test_vit").eval()  # for 160×160 pixels
@@ -273,7 +349,8 @@ def test_weights_that_pip_installs(tmp_path, monkeypatch, caplog):
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('no code of the package is run')")
     weights = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    torch.save({f"_{index}": value for index, value in enumerate(weights.values())}, package / "models/lite0.pth")
+    renamed = {f"_{index}.{name.rpartition('.')[2]}": value for index, (name, value) in enumerate(weights.items())}
+    torch.save(renamed, package / "models/lite0.pth")
     monkeypatch.syspath_prepend(tmp_path)
     encoder = Encoder("tf_efficientnet_lite0", ["blocks.2"])
     with caplog.at_level(logging.INFO, "cflow_plugin"):
