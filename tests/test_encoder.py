@@ -226,6 +226,24 @@ def test_a_checkpoint_keeps_what_it_was_trained_with(tmp_path):
         torch.testing.assert_close(loaded.pre_processor(image), expected(image))
 
 
+def test_a_checkpoint_of_a_release_whose_flows_took_all_dimensions(tmp_path):
+    settings = {"layers": ["layer4"], "image_size": (64, 64), "coupling_blocks": 1, "pre_trained": False}
+    for flow_dimensions, kept in ((256, 256), (None, 512)):
+        model = CflowPlugin(**settings, flow_dimensions=flow_dimensions)
+        checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "epoch": 0}
+        checkpoint |= {"global_step": 0, "pytorch-lightning_version": "2.6.0"}
+        model.on_save_checkpoint(checkpoint)
+        if kept == 512:
+            del checkpoint["hyper_parameters"]["flow_dimensions"]
+        torch.save(checkpoint, tmp_path / "model.ckpt")
+        loaded = CflowPlugin.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
+        assert loaded.model.decoders[0].whitening.kept == kept
+        assert loaded.hparams["flow_dimensions"] == flow_dimensions
+    assert CflowPlugin(**settings, whiten=False).model.decoders[0].whitening.kept == 512
+    with pytest.raises(CflowError, match="flow_dimensions must be at least 2"):
+        CflowPlugin(**settings, flow_dimensions=1)
+
+
 # Weights of other layouts
 
 
@@ -251,11 +269,19 @@ def test_torchvision_s_weights(theirs, name, stage, layer, tmp_path):
 
 
 def test_names_that_a_file_has_sorted_are_not_mapped_by_their_order(tmp_path):
-    # Biases come before weights then, in the same sizes.
-    network = torchvision.models.efficientnet_b0().eval()
-    save_file({name: value for name, value in network.state_dict().items()}, tmp_path / "weights.safetensors")
+    state = create_model("tf_efficientnet_lite0").state_dict()
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    renamed = {
+        f"layer{modules.index(name.rpartition('.')[0]):03}.{name.rpartition('.')[2]}": value
+        for name, value in state.items()
+    }
+    encoder = Encoder("tf_efficientnet_lite0", ["blocks.2"])
+    torch.save(renamed, tmp_path / "weights.pth")
+    load_file(encoder, tmp_path / "weights.pth")
+    # As safetensors would: a norm's bias comes before its weight then, which has the same size.
+    torch.save(dict(sorted(renamed.items())), tmp_path / "weights.pth")
     with pytest.raises(CflowError, match=r"lacks conv_stem\.weight"):
-        load_file(Encoder("efficientnet_b0", ["blocks.2"]), tmp_path)
+        load_file(encoder, tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(

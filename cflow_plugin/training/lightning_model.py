@@ -64,6 +64,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         padding: What the encoder's convolutions see beyond the border: ``zeros``, or their own input mirrored
             (``reflect``), as in the original code's ResNets.
         whiten: Start the decoders from the training features' covariance. The paper does not.
+        flow_dimensions: Of longer vectors the coupling blocks take so many principal components, and what is left is
+            taken to be Gaussian; ``null`` takes all, as the paper does, and so it is without ``whiten``.
         camera_variation: How much noise, focus, compression and light may vary, in multiples of what is usual. 0 as in
             the paper. See :mod:`~cflow_plugin.training.camera`.
         noise: Standard deviation of noise added to training features, in units of their whitened one, so that few
@@ -125,6 +127,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         neighbourhood: int | list[int] | None = None,
         padding: Padding = "zeros",
         whiten: bool = True,
+        flow_dimensions: int | None = 256,
         camera_variation: float = 1.0,
         noise: float = 0.6,
         sigma: float = 2.0,
@@ -152,6 +155,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         check_positive(learning_rate=learning_rate)
         check_not_negative(noise=noise, unseen_share=unseen_share, camera_variation=camera_variation)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
+        flow_dimensions = flow_dimensions if whiten else None
         network = CflowModel(
             backbone=backbone,
             layers=layers,
@@ -167,6 +171,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             aggregation=aggregation,
             whole_image=whole_image,
             image_size=image_size,
+            flow_dimensions=flow_dimensions,
         )
         super().__init__(
             pre_processor=self.pre_processing(pre_processor, network.encoder, bits),
@@ -175,6 +180,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             visualizer=visualizer,
         )
         self.hparams["image_size"] = network.encoder.image_size or image_size  # rounded where that was needed
+        self.hparams["flow_dimensions"] = flow_dimensions
         self.model: CflowModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         self.progress = resuming.Progress()
