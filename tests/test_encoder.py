@@ -5,8 +5,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from lightning import Trainer
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
 from timm import create_model
 from timm.data import create_transform, resolve_data_config
 from torch import nn
@@ -242,6 +244,59 @@ def test_a_checkpoint_of_a_release_whose_flows_took_all_dimensions(tmp_path):
     assert CflowPlugin(**settings, whiten=False).model.decoders[0].whitening.kept == 512
     with pytest.raises(CflowError, match="flow_dimensions must be at least 2"):
         CflowPlugin(**settings, flow_dimensions=1)
+
+
+def test_detection_hangs_on_the_normalisation_that_weights_were_trained_with():
+    torch.manual_seed(0)
+    model = CflowPlugin("tf_efficientnet_lite0", ["bn1"], image_size=(64, 64), coupling_blocks=1, condition_dims=0)
+    network = model.model.encoder.network
+    with torch.no_grad():
+        # Each channel looks at one pixel of its neighbourhood, and reaches the limit of ReLU6 where that is 0.75 bright:
+        # with ImageNet's mean and deviation where it is 0.6 bright, which all of a good texture is.
+        network.conv_stem.weight.zero_()
+        for channel in range(32):
+            network.conv_stem.weight[channel, :, channel % 3, channel // 3 % 3] = 10 / 3
+        network.bn1.bias.fill_(1)
+
+    def textures(count, spot):
+        coarse = torch.nn.functional.interpolate(torch.rand(count, 1, 16, 16), 64, mode="bilinear")
+        images, masks = (0.6 + 0.1 * coarse).expand(-1, 3, -1, -1).clone(), torch.zeros(count, 64, 64)
+        for image, mask in zip(images, masks, strict=True):
+            row, column = torch.randint(4, 48, (2,)).tolist()
+            image[:, row : row + 12, column : column + 12] += spot
+            mask[row : row + 12, column : column + 12] = 1
+        return images, masks
+
+    good, (test, masks) = textures(16, 0.0)[0], textures(8, 0.1)
+    found = {}
+    for name, prepare in {
+        "its own": model.pre_processor,
+        "ImageNet's": CflowPreProcessor.of((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    }.items():
+        model.model.train().fit_whitening([model.model.encoder(prepare(good))[0].flatten(2).mT.flatten(0, 1)])
+        with torch.no_grad():
+            model.model.calibrate(model.model.log_likelihoods(prepare(good)))
+            maps = model.model.eval()(prepare(test)).anomaly_map
+        found[name] = roc_auc_score(masks.flatten(), maps.flatten())
+    assert found["its own"] > 0.95
+    assert found["ImageNet's"] < 0.75
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_encoder_computes_in_half_precision_where_the_trainer_does(precision):
+    torch.manual_seed(0)
+    model = CflowPlugin("test_vit", [1], image_size=(64, 64), coupling_blocks=1)
+    model.trainer = Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+    formats = []
+    model.model.encoder.network.blocks[1].mlp.fc1.register_forward_hook(lambda *given: formats.append(given[-1].dtype))
+    images = torch.rand(2, 3, 64, 64)
+    [features] = model.features(images)
+    assert formats == [torch.float32 if precision == "32-true" else torch.bfloat16]
+    assert features.dtype == torch.float32
+    [expected] = model.model.encoder(model.pre_processor(images))
+    rounding = 0 if precision == "32-true" else 0.05
+    torch.testing.assert_close(features, expected, rtol=rounding, atol=rounding)
+    assert torch.equal(features, expected) == (precision == "32-true")
 
 
 # Weights of other layouts

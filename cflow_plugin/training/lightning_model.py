@@ -229,7 +229,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         begun = self.progress.training_has_begun
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
-            lambda images: self.model.encoder(self.prepared(images).to(self.dtype)),
+            self.features,
             lambda bank: self._fit_gaussians(bank, loader),
             lambda: self.current_epoch,
             steps=self.hparams["steps_per_epoch"],
