@@ -162,8 +162,8 @@ class FoldedFlow(nn.Module):
         # Where all is kept, the first half of the whitened vector is made of the first half of the features alone.
         reads = half if kept == len(like) else len(like)
         self.whitening_first = _linear(weight[:half, :reads], bias[:half], like)
-        self.whitening_second = _linear(weight[half:], bias[half:], like)
-        self.taken = kept - half  # of the second, by the blocks
+        self.whitening_second = _linear(weight[half:kept], bias[half:kept], like)
+        self.whitening_rest = _linear(weight[kept:], bias[kept:], like) if kept < len(like) else None
         self.blocks = ModuleListOf[_FoldedBlock](folded)
         self.exchanges = nn.ModuleList(exchanges)
         self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
@@ -180,16 +180,16 @@ class FoldedFlow(nn.Module):
         size = features.shape[-2:]
         vectors = features.flatten(2).transpose(1, 2)
         first = self.whitening_first(vectors[..., : self.whitening_first.in_features])
-        second, rest = self.whitening_second(vectors), []
-        if self.taken < self.whitening_second.out_features:
-            second, *rest = second.tensor_split([self.taken], dim=-1)
+        second = self.whitening_second(vectors)
         total = torch.empty(0)
         for index, block in enumerate(self.blocks):
             log_scale, second = block(first, second)
             total = total.add_(log_scale) if index else log_scale.clone()
             if index < len(self.exchanges):
                 first, second = self.exchanges[index](first, second)
-        squares = [first, second, *rest]
+        squares = [first, second]
+        if self.whitening_rest is not None:
+            squares.append(self.whitening_rest(vectors))
         if total.dtype.itemsize < torch.float32.itemsize:
             # autocast: a sum of hundreds of squares would keep two digits
             total, squares = total.float(), [part.float() for part in squares]
