@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --seeds [0,1,2]
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --variants benchmarks/choices.yaml
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --images 4
-    python benchmarks/accuracy.py --data DATA --backbone tf_efficientnet_lite0 --layers "[blocks.2, blocks.4]" --rivals "[]"
+    python benchmarks/accuracy.py --data DATA --backbone tf_efficientnet_lite0 --layers "[blocks.2, blocks.4]"
 
 DATA holds one folder a set: ``train/good``, ``test/...`` and ``ground_truth/...``. The file of variants names the
 settings in which each differs from CflowPlugin's default.
@@ -150,14 +150,14 @@ def main(
         seeds: Seeds of everything; 0 by default.
         variants: File that names variants of CflowPlugin and their settings.
         only: Which of these; all by default.
-        rivals: Models to compare with; Padim and Spade by default.
+        rivals: Models to compare with; by default Padim and Spade where weights are given, which Padim needs.
         images: Train on so many good images; on all by default.
         output: Folder for the results; what is there already is not measured again.
     """
     data, weights, output = data.resolve(), weights and weights.resolve(), output.resolve()
     layers = layers or (["layer2", "layer3"] if backbone == "resnet18" else None)
     folders = [data / name for name in sets or sorted(path.name for path in data.iterdir() if path.is_dir())]
-    rivals = list(RIVALS) if rivals is None else rivals
+    rivals = list(RIVALS if weights else ()) if rivals is None else rivals
     named = yaml.safe_load(variants.read_text()) if variants else {}
     chosen = {DEFAULT: {}, **{name: settings for name, settings in named.items() if only is None or name in only}}
     plan = [(DEFAULT, name, settings) for name, settings in chosen.items()] + [(name, name, {}) for name in rivals]

@@ -32,7 +32,11 @@ from cflow_plugin.files import atomic_file
 
 Export = Literal["OpenVINO", "ONNX", "INT8"]
 
-TOLERANCES: dict[Export, float] = {"OpenVINO": 1e-3, "ONNX": 1e-3, "INT8": 0.05}  # of the map's range; INT8's on average
+TOLERANCES: dict[Export, float] = {
+    "OpenVINO": 1e-3,
+    "ONNX": 1e-3,
+    "INT8": 0.05,
+}  # of the map's range; INT8's on average
 
 
 def main(
@@ -240,7 +244,10 @@ def run_int8(model: Any, size: tuple[int, int], folder: str, images: np.ndarray)
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, and how many of each there are."""
-    lines = ["| file | encoder | size | layers | channels | built | trained | OpenVINO | ONNX | INT8 |", "|" + "---|" * 10]
+    lines = [
+        "| file | encoder | size | layers | channels | built | trained | OpenVINO | ONNX | INT8 |",
+        "|" + "---|" * 10,
+    ]
     for row in rows:
         marks = ["yes" if row.get(key) else "no" for key in ("built", "trained")]
         marks += [f"{row[key]:.0e}" if key in row else "no" for key in ("OpenVINO", "ONNX", "INT8")]

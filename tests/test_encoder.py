@@ -251,7 +251,7 @@ def test_detection_hangs_on_the_normalisation_that_weights_were_trained_with():
     model = CflowPlugin("tf_efficientnet_lite0", ["bn1"], image_size=(64, 64), coupling_blocks=1, condition_dims=0)
     network = model.model.encoder.network
     with torch.no_grad():
-        # Each channel looks at one pixel of its neighbourhood, and reaches the limit of ReLU6 where that is 0.75 bright:
+        # Each channel looks at one pixel of its neighbourhood, and is at the limit of ReLU6 where that is 0.75 bright:
         # with ImageNet's mean and deviation where it is 0.6 bright, which all of a good texture is.
         network.conv_stem.weight.zero_()
         for channel in range(32):
@@ -386,7 +386,9 @@ def test_weights_in_the_names_of_transformers(tmp_path):
         for kind in ("weight", "bias")
     }
     names |= {f"blocks.0.ls{number}.gamma": f"encoder.layer.0.layer_scale{number}.lambda1" for number in (1, 2)}
-    names |= {f"patch_embed.proj.{kind}": f"embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")}
+    names |= {
+        f"patch_embed.proj.{kind}": f"embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")
+    }
     names["reg_token"] = "embeddings.register_tokens"
     saved = {theirs: timm_s[ours] for ours, theirs in names.items()}
     for kind in ("weight", "bias"):
@@ -542,6 +544,15 @@ def test_weights_that_do_not_fit_are_refused(resnet, tmp_path):
 def test_unknown_names_are_refused_with_the_ones_there_are():
     with pytest.raises(CflowError, match=r"no backbone named 'resnet1'.*resnet18"):
         Encoder("resnet1")
+    for given in ("hf-hub:timm/resnet18.tv_in1k", "timm/resnet18.tv_in1k", "ResNet18.tv_in1k"):
+        with pytest.raises(CflowError, match=r"take --model.backbone resnet18\.tv_in1k\."):
+            Encoder(given)
+    with pytest.raises(CflowError, match=r"dinov2.*file with --model\.weights"):
+        Encoder("facebook/dinov2-small")
+    with pytest.raises(CflowError, match=r"Invalid pretrained tag.*resnet18\.tv_in1k"):
+        Encoder("resnet18.nosuch")
+    with pytest.raises(CflowError, match="or one twice"):
+        Encoder("resnet18", ["layer2", 2])
     with pytest.raises(CflowError, match=r"no layer 'layer9'; choose from .*layer3"):
         Encoder("resnet18", ["layer2", "layer9"])
     with pytest.raises(CflowError, match="no layer 'layer1'; choose from scale1"):

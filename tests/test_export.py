@@ -133,7 +133,9 @@ def test_a_transformer_in_every_form(tmp_path):
         expected = model.model(model.pre_processor(images)).anomaly_map.numpy()
     assert np.ptp(expected) > 0.3
     any_number = {"batch": None}
-    assert_agrees(run_openvino(model.to_openvino(tmp_path, input_size=size, ov_kwargs=any_number), images), model, images)
+    assert_agrees(
+        run_openvino(model.to_openvino(tmp_path, input_size=size, ov_kwargs=any_number), images), model, images
+    )
     check_in_onnxruntime(model.to_onnx(tmp_path, input_size=size), model, [size])
     quantized = quantize(convert_to_openvino(model, size), [image[None].numpy() for image in images])
     found = ov.compile_model(quantized, "CPU", F32)(images.numpy())["anomaly_map"]

@@ -126,7 +126,9 @@ def test_what_the_blocks_do_not_take_is_gaussian():
         return torch.cat([u[0][0], white[4:]])
 
     normal = torch.distributions.MultivariateNormal(torch.zeros(6), torch.eye(6))
-    for vector, position, likelihood in zip(vectors, condition, flow.log_likelihood(vectors[:5], condition), strict=False):
+    for vector, position, likelihood in zip(
+        vectors, condition, flow.log_likelihood(vectors[:5], condition), strict=False
+    ):
         jacobian = torch.autograd.functional.jacobian(lambda v, p=position: whole(v, p), vector)
         expected = normal.log_prob(whole(vector, position)) + jacobian.det().abs().log()
         torch.testing.assert_close(likelihood, expected / 6)

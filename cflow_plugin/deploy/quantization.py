@@ -137,8 +137,8 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
 
     What else could be in INT8 must not be. The whitening in front of a decoder magnifies directions of little variance,
     and with them the rounding of its own input and of the encoder, whose first layers are the most sensitive; the maps
-    are a few small products. The later half of the encoder's convolutions and linear layers keeps its weights in 8 bits,
-    and all that is left in 16, to be unpacked when the file is loaded.
+    are a few small products. The later half of the encoder's convolutions and linear layers keeps its weights in 8
+    bits, and all that is left in 16, to be unpacked when the file is loaded.
 
     Args:
         model: What :func:`convert_to_openvino` returned.
@@ -247,4 +247,6 @@ def _named(model: ov.Model, types: set[str]) -> list[str]:
 def _all_but_decoders(model: ov.Model) -> Any:
     """The operations that INT8 must leave alone: all but the matrix products of the coupling blocks."""
     names = [node.get_friendly_name() for node in model.get_ops()]
-    return _nncf().IgnoredScope(names=[name for name in names if not re.match(r"flows\.\d+\.blocks\.", name)], validate=False)
+    return _nncf().IgnoredScope(
+        names=[name for name in names if not re.match(r"flows\.\d+\.blocks\.", name)], validate=False
+    )

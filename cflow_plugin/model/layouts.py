@@ -54,9 +54,7 @@ _CONVNEXT = (
 )
 
 
-def layouts(
-    weights: Mapping[str, torch.Tensor], encoder: Encoder
-) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
+def layouts(weights: Mapping[str, torch.Tensor], encoder: Encoder) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
     """Weights under the names that they may have in timm, most likely first.
 
     Args:
@@ -115,7 +113,9 @@ def _from_transformers(weights: Mapping[str, torch.Tensor], encoder: Encoder) ->
         biases = [found.pop(f"{attention}{part}.bias", parts[0].new_zeros(len(parts[0]))) for part in "qkv"]
         found[f"{attention}qkv.bias"] = torch.cat(biases)
         found[f"{attention}q_bias"], _, found[f"{attention}v_bias"] = biases
-        unbiased = f"{attention}qkv.weight" in needed and not {f"{attention}qkv.bias", f"{attention}q_bias"} & set(needed)
+        unbiased = f"{attention}qkv.weight" in needed and not {f"{attention}qkv.bias", f"{attention}q_bias"} & set(
+            needed
+        )
         if unbiased and any(bias.any() for bias in biases):
             msg = (
                 f"The weights have biases of queries and values, and {encoder.backbone!r} has none: take the network "
@@ -141,7 +141,9 @@ def _in_order(weights: Mapping[str, torch.Tensor], backbone: str) -> dict[str, t
     wanted = {name: tensor for name, tensor in wanted.items() if not name.endswith("num_batches_tracked")}
     if [_role(*item) for item in given.items()] != [_role(*item) for item in wanted.items()]:
         return {}
-    return {name: tensor.reshape(like.shape) for (name, like), tensor in zip(wanted.items(), given.values(), strict=True)}
+    return {
+        name: tensor.reshape(like.shape) for (name, like), tensor in zip(wanted.items(), given.values(), strict=True)
+    }
 
 
 def _role(name: str, tensor: torch.Tensor) -> tuple[str, torch.Size]:

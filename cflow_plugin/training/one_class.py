@@ -106,7 +106,7 @@ class OneClassMixin(_Module):
         """
         prepared = self.prepared(images).to(self.dtype)
         with self.trainer.precision_plugin.forward_context():
-            pyramid = self.model.encoder(prepared)
+            pyramid = cast("Any", self.model).encoder(prepared)
         return [part.to(self.dtype) for part in pyramid]
 
     def scored(self, images: torch.Tensor | None) -> InferenceBatch:
