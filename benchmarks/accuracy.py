@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --seeds [0,1,2]
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --variants benchmarks/choices.yaml
     python benchmarks/accuracy.py --data DATA --weights resnet18.safetensors --images 4
+    python benchmarks/accuracy.py --data DATA --backbone tf_efficientnet_lite0 --layers "[blocks.2, blocks.4]"
 
 DATA holds one folder a set: ``train/good``, ``test/...`` and ``ground_truth/...``. The file of variants names the
 settings in which each differs from CflowPlugin's default.
@@ -59,8 +60,9 @@ def measure(
     model: str,
     settings: dict,
     folder: Path,
-    layers: list[str],
-    weights: Path,
+    backbone: str,
+    layers: list[str] | None,
+    weights: Path | None,
     seed: int,
     runs: Path,
     images: int | None = None,
@@ -71,8 +73,9 @@ def measure(
         model: ``CflowPlugin``, ``Cflow``, ``Padim`` or ``Spade``.
         settings: Arguments of the model where they differ from its defaults.
         folder: The set.
-        layers: Layers of ResNet-18.
-        weights: Encoder weights in timm's names.
+        backbone: timm's name of the encoder.
+        layers: Its layers.
+        weights: Its weights in timm's names; by default those of a package or of timm's hub.
         seed: Seed of everything.
         runs: Folder for what training writes.
         images: Train on so many images, drawn at random by the seed; on all by default.
@@ -83,7 +86,7 @@ def measure(
     from cflow_plugin.commands.compare.cell import EncoderChoice, Variant, build_model
 
     seed_everything(seed, verbose=False)
-    network = build_model(Variant(model, settings), EncoderChoice("resnet18", layers, weights), (256, 256))
+    network = build_model(Variant(model, settings), EncoderChoice(backbone, layers, weights), (256, 256))
     data = data_of(folder)
     data.setup()
     if images is not None:
@@ -125,7 +128,8 @@ def left_out(means: pd.DataFrame, variants: list[str]) -> dict[str, str]:
 
 def main(
     data: Path,
-    weights: Path,
+    weights: Path | None = None,
+    backbone: str = "resnet18",
     sets: list[str] | None = None,
     layers: list[str] | None = None,
     seeds: list[int] | None = None,
@@ -139,19 +143,21 @@ def main(
 
     Args:
         data: Folder with one folder a set.
-        weights: ResNet-18 weights in timm's names.
+        weights: The encoder's weights in timm's names; by default those of a package or of timm's hub.
+        backbone: timm's name of the encoder; one output folder for each.
         sets: Which sets; all by default.
-        layers: Layers of the encoder; layer2 and layer3 by default.
+        layers: Layers of the encoder; of ResNet-18 layer2 and layer3 by default, of others the encoder's own.
         seeds: Seeds of everything; 0 by default.
         variants: File that names variants of CflowPlugin and their settings.
         only: Which of these; all by default.
-        rivals: Models to compare with; Padim and Spade by default.
+        rivals: Models to compare with; by default Padim and Spade where weights are given, which Padim needs.
         images: Train on so many good images; on all by default.
         output: Folder for the results; what is there already is not measured again.
     """
-    data, weights, output = data.resolve(), weights.resolve(), output.resolve()
+    data, weights, output = data.resolve(), weights and weights.resolve(), output.resolve()
+    layers = layers or (["layer2", "layer3"] if backbone == "resnet18" else None)
     folders = [data / name for name in sets or sorted(path.name for path in data.iterdir() if path.is_dir())]
-    rivals = list(RIVALS) if rivals is None else rivals
+    rivals = list(RIVALS if weights else ()) if rivals is None else rivals
     named = yaml.safe_load(variants.read_text()) if variants else {}
     chosen = {DEFAULT: {}, **{name: settings for name, settings in named.items() if only is None or name in only}}
     plan = [(DEFAULT, name, settings) for name, settings in chosen.items()] + [(name, name, {}) for name in rivals]
@@ -165,7 +171,8 @@ def main(
                 model,
                 settings,
                 folder,
-                layers or ["layer2", "layer3"],
+                backbone,
+                layers,
                 weights,
                 seed,
                 output / "runs",

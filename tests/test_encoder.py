@@ -5,8 +5,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from lightning import Trainer
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
 from timm import create_model
 from timm.data import create_transform, resolve_data_config
 from torch import nn
@@ -226,6 +228,80 @@ def test_a_checkpoint_keeps_what_it_was_trained_with(tmp_path):
         torch.testing.assert_close(loaded.pre_processor(image), expected(image))
 
 
+def test_a_checkpoint_of_a_release_whose_flows_took_all_dimensions(tmp_path):
+    settings = {"layers": ["layer4"], "image_size": (64, 64), "coupling_blocks": 1, "pre_trained": False}
+    for flow_dimensions, kept in ((256, 256), (None, 512)):
+        model = CflowPlugin(**settings, flow_dimensions=flow_dimensions)
+        checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "epoch": 0}
+        checkpoint |= {"global_step": 0, "pytorch-lightning_version": "2.6.0"}
+        model.on_save_checkpoint(checkpoint)
+        if kept == 512:
+            del checkpoint["hyper_parameters"]["flow_dimensions"]
+            checkpoint["state_dict"] = {  # they looked at cells alone, too
+                name: value for name, value in checkpoint["state_dict"].items() if ".whole." not in name
+            }
+        torch.save(checkpoint, tmp_path / "model.ckpt")
+        loaded = CflowPlugin.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
+        assert loaded.model.decoders[0].whitening.kept == kept
+        assert loaded.hparams["flow_dimensions"] == flow_dimensions
+    assert CflowPlugin(**settings, whiten=False).model.decoders[0].whitening.kept == 512
+    with pytest.raises(CflowError, match="flow_dimensions must be at least 2"):
+        CflowPlugin(**settings, flow_dimensions=1)
+
+
+def test_detection_hangs_on_the_normalisation_that_weights_were_trained_with():
+    torch.manual_seed(0)
+    model = CflowPlugin("tf_efficientnet_lite0", ["bn1"], image_size=(64, 64), coupling_blocks=1, condition_dims=0)
+    network = model.model.encoder.network
+    with torch.no_grad():
+        # Each channel looks at one pixel of its neighbourhood, and is at the limit of ReLU6 where that is 0.75 bright:
+        # with ImageNet's mean and deviation where it is 0.6 bright, which all of a good texture is.
+        network.conv_stem.weight.zero_()
+        for channel in range(32):
+            network.conv_stem.weight[channel, :, channel % 3, channel // 3 % 3] = 10 / 3
+        network.bn1.bias.fill_(1)
+
+    def textures(count, spot):
+        coarse = torch.nn.functional.interpolate(torch.rand(count, 1, 16, 16), 64, mode="bilinear")
+        images, masks = (0.6 + 0.1 * coarse).expand(-1, 3, -1, -1).clone(), torch.zeros(count, 64, 64)
+        for image, mask in zip(images, masks, strict=True):
+            row, column = torch.randint(4, 48, (2,)).tolist()
+            image[:, row : row + 12, column : column + 12] += spot
+            mask[row : row + 12, column : column + 12] = 1
+        return images, masks
+
+    good, (test, masks) = textures(16, 0.0)[0], textures(8, 0.1)
+    found = {}
+    for name, prepare in {
+        "its own": model.pre_processor,
+        "ImageNet's": CflowPreProcessor.of((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    }.items():
+        model.model.train().fit_whitening([model.model.encoder(prepare(good))[0].flatten(2).mT.flatten(0, 1)])
+        with torch.no_grad():
+            model.model.calibrate(model.model.log_likelihoods(prepare(good)))
+            maps = model.model.eval()(prepare(test)).anomaly_map
+        found[name] = roc_auc_score(masks.flatten(), maps.flatten())
+    assert found["its own"] > 0.95
+    assert found["ImageNet's"] < 0.75
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_encoder_computes_in_half_precision_where_the_trainer_does(precision):
+    torch.manual_seed(0)
+    model = CflowPlugin("test_vit", [1], image_size=(64, 64), coupling_blocks=1)
+    model.trainer = Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+    formats = []
+    model.model.encoder.network.blocks[1].mlp.fc1.register_forward_hook(lambda *given: formats.append(given[-1].dtype))
+    images = torch.rand(2, 3, 64, 64)
+    [features] = model.features(images)
+    assert formats == [torch.float32 if precision == "32-true" else torch.bfloat16]
+    assert features.dtype == torch.float32
+    [expected] = model.model.encoder(model.pre_processor(images))
+    rounding = 0 if precision == "32-true" else 0.05
+    torch.testing.assert_close(features, expected, rtol=rounding, atol=rounding)
+    assert torch.equal(features, expected) == (precision == "32-true")
+
+
 # Weights of other layouts
 
 
@@ -248,6 +324,92 @@ def test_torchvision_s_weights(theirs, name, stage, layer, tmp_path):
     load_file(encoder, tmp_path)  # the folder
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(encoder(images)[0], network.features[:stage](images))
+
+
+def test_names_that_a_file_has_sorted_are_not_mapped_by_their_order(tmp_path):
+    state = create_model("tf_efficientnet_lite0").state_dict()
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    renamed = {
+        f"layer{modules.index(name.rpartition('.')[0]):03}.{name.rpartition('.')[2]}": value
+        for name, value in state.items()
+    }
+    encoder = Encoder("tf_efficientnet_lite0", ["blocks.2"])
+    torch.save(renamed, tmp_path / "weights.pth")
+    load_file(encoder, tmp_path / "weights.pth")
+    # As safetensors would: a norm's bias comes before its weight then, which has the same size.
+    torch.save(dict(sorted(renamed.items())), tmp_path / "weights.pth")
+    with pytest.raises(CflowError, match=r"lacks conv_stem\.weight"):
+        load_file(encoder, tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings", "prefix"),
+    [
+        ("vit_small_patch14_reg4_dinov2", "Dinov2WithRegisters", {"patch_size": 14, "image_size": 70}, 5),
+        ("vit_small_patch16_dinov3_qkvb", "DINOv3ViT", {"intermediate_size": 1536, "num_register_tokens": 4}, 5),
+        ("deit_small_distilled_patch16_224", "DeiT", {"intermediate_size": 1536}, 2),
+        ("vit_small_patch16_224", "ViT", {"intermediate_size": 1536}, 1),
+        ("vit_base_patch16_siglip_256", "SiglipVision", {"hidden_size": 768, "intermediate_size": 3072}, 0),
+        ("convnext_tiny", "ConvNext", {}, None),
+        ("convnext_tiny.dinov3_lvd1689m", "DINOv3ConvNext", {}, None),
+    ],
+)
+def test_weights_that_transformers_has_saved(name, kind, settings, prefix, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's transformers")
+    torch.manual_seed(0)
+    small = {"image_size": 64, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 4}
+    small["num_attention_heads"] = settings.get("hidden_size", 384) // 64
+    settings = settings if prefix is None else {**small, **settings}
+    network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():  # nothing is zero or one that could be left out without being missed
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim < 2 else 0)
+    network.save_pretrained(tmp_path)
+    size = settings.get("image_size", 64)
+    encoder = Encoder(name, ["stages.1" if prefix is None else "blocks.2"], image_size=(size, size))
+    load_file(encoder, tmp_path)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        states = network(images, output_hidden_states=True).hidden_states
+    expected = states[-3] if prefix is None else states[3][:, prefix:].mT.unflatten(2, encoder(images)[0].shape[2:])
+    # timm computes SigLIP's GELU itself, transformers its approximation by a hyperbolic tangent.
+    torch.testing.assert_close(encoder(images)[0], expected, rtol=1e-3, atol=1e-2 if "siglip" in name else 1e-4)
+
+
+def test_weights_in_the_names_of_transformers(tmp_path):
+    """The same without that package: the names of its DINOv2, of one block, written out."""
+    torch.manual_seed(0)
+    name = "vit_small_patch14_reg4_dinov2"
+    timm_s = Encoder(name, ["blocks.0"], image_size=(70, 70)).network.state_dict()
+    timm_s = {key: torch.randn_like(value) for key, value in timm_s.items()}
+    block = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1"}
+    names = {
+        f"blocks.0.{ours}.{kind}": f"encoder.layer.0.{theirs}.{kind}"
+        for ours, theirs in (block | {"mlp.fc2": "mlp.fc2"}).items()
+        for kind in ("weight", "bias")
+    }
+    names |= {f"blocks.0.ls{number}.gamma": f"encoder.layer.0.layer_scale{number}.lambda1" for number in (1, 2)}
+    names |= {
+        f"patch_embed.proj.{kind}": f"embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")
+    }
+    names["reg_token"] = "embeddings.register_tokens"
+    saved = {theirs: timm_s[ours] for ours, theirs in names.items()}
+    for kind in ("weight", "bias"):
+        parts = timm_s[f"blocks.0.attn.qkv.{kind}"].chunk(3)
+        for part, value in zip(("query", "key", "value"), parts, strict=True):
+            saved[f"encoder.layer.0.attention.attention.{part}.{kind}"] = value.contiguous()
+    # The class token has a position there, which timm adds beforehand.
+    position = torch.randn(1, 1, 384)
+    saved["embeddings.cls_token"] = timm_s["cls_token"] - position
+    saved["embeddings.position_embeddings"] = torch.cat([position, timm_s["pos_embed"]], 1)
+    saved["embeddings.mask_token"] = torch.zeros(1, 384)
+    save_file({f"dinov2.{key}": value for key, value in saved.items()}, tmp_path / "model.safetensors")
+    encoder = Encoder(name, ["blocks.0"], image_size=(70, 70))
+    load_file(encoder, tmp_path)
+    torch.testing.assert_close(encoder.network.state_dict(), timm_s)
+    unbiased = Encoder("vit_small_patch16_dinov3", ["blocks.0"], image_size=(64, 64))
+    with pytest.raises(CflowError, match="_qkvb"):
+        load_file(unbiased, tmp_path)
 
 
 def test_prefixes_and_position_embeddings_of_another_size(tmp_path):
@@ -273,7 +435,8 @@ def test_weights_that_pip_installs(tmp_path, monkeypatch, caplog):
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('no code of the package is run')")
     weights = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    torch.save({f"_{index}": value for index, value in enumerate(weights.values())}, package / "models/lite0.pth")
+    renamed = {f"_{index}.{name.rpartition('.')[2]}": value for index, (name, value) in enumerate(weights.items())}
+    torch.save(renamed, package / "models/lite0.pth")
     monkeypatch.syspath_prepend(tmp_path)
     encoder = Encoder("tf_efficientnet_lite0", ["blocks.2"])
     with caplog.at_level(logging.INFO, "cflow_plugin"):
@@ -384,6 +547,15 @@ def test_weights_that_do_not_fit_are_refused(resnet, tmp_path):
 def test_unknown_names_are_refused_with_the_ones_there_are():
     with pytest.raises(CflowError, match=r"no backbone named 'resnet1'.*resnet18"):
         Encoder("resnet1")
+    for given in ("hf-hub:timm/resnet18.tv_in1k", "timm/resnet18.tv_in1k", "ResNet18.tv_in1k"):
+        with pytest.raises(CflowError, match=r"take --model.backbone resnet18\.tv_in1k\."):
+            Encoder(given)
+    with pytest.raises(CflowError, match=r"dinov2.*file with --model\.weights"):
+        Encoder("facebook/dinov2-small")
+    with pytest.raises(CflowError, match=r"Invalid pretrained tag.*resnet18\.tv_in1k"):
+        Encoder("resnet18.nosuch")
+    with pytest.raises(CflowError, match="or one twice"):
+        Encoder("resnet18", ["layer2", 2])
     with pytest.raises(CflowError, match=r"no layer 'layer9'; choose from .*layer3"):
         Encoder("resnet18", ["layer2", "layer9"])
     with pytest.raises(CflowError, match="no layer 'layer1'; choose from scale1"):

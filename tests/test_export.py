@@ -9,8 +9,8 @@ from PIL import Image
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.deploy import export as export_module
-from cflow_plugin.deploy.graph import InferenceGraph
-from cflow_plugin.deploy.quantization import TrainingImages
+from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino
+from cflow_plugin.deploy.quantization import TrainingImages, quantize
 from cflow_plugin.deploy.runtime import encoder_of, read_exported
 
 from .conftest import QUICK, make_engine, run_command
@@ -104,6 +104,8 @@ def random_model(size, **settings):
         ("resnet18", ["layer2", "layer3"], (300, 200)),
         ("mobilenetv3_large_100", ["blocks.2"], (64, 300)),
         ("gabor", ["scale2"], (64, 512)),
+        ("test_mambaout", [1], (64, 96)),  # channels last
+        ("test_coatnet", [2], (96, 96)),  # convolutions, then attention
     ],
     ids=str,
 )
@@ -111,6 +113,42 @@ def test_any_size(tmp_path, backbone, layers, size):
     model = random_model(size, backbone=backbone, layers=layers)
     path = model.to_openvino(tmp_path, input_size=size)
     assert_agrees(run_openvino(path, images_of(size, 1)), model, images_of(size, 1))
+
+
+@pytest.mark.long
+def test_a_transformer_in_every_form(tmp_path):
+    """With registers, position embeddings, and longer vectors than the flow takes."""
+    size = (56, 56)
+    model = random_model(size, backbone="vit_small_patch14_reg4_dinov2", layers=[0])
+    assert model.model.decoders[0].whitening.kept == 256
+    images = images_of(size, 2)
+    with torch.no_grad():
+        model.model.fit_whitening([torch.randn(500, 384) @ torch.randn(384, 384)])
+        likelihoods = model.model.eval().log_likelihoods(model.pre_processor(images))
+        # Constants with which the map takes all values: one that is constant would agree with anything.
+        model.model.scoring.correction_0.zero_()
+        model.model.scoring.log_maximum.copy_(likelihoods[0].max())
+        model.model.scoring.temperature.copy_(2 * likelihoods[0].std())
+        model.model.drop_folded()
+        expected = model.model(model.pre_processor(images)).anomaly_map.numpy()
+    assert np.ptp(expected) > 0.3
+    any_number = {"batch": None}
+    assert_agrees(
+        run_openvino(model.to_openvino(tmp_path, input_size=size, ov_kwargs=any_number), images), model, images
+    )
+    check_in_onnxruntime(model.to_onnx(tmp_path, input_size=size), model, [size])
+    quantized = quantize(convert_to_openvino(model, size), [image[None].numpy() for image in images])
+    found = ov.compile_model(quantized, "CPU", F32)(images.numpy())["anomaly_map"]
+    assert np.abs(found - expected).mean() < 0.05
+    quantizers = [node.get_friendly_name() for node in quantized.get_ops() if node.get_type_name() == "FakeQuantize"]
+    assert quantizers
+    assert not [name for name in quantizers if name.startswith("encoder.")]
+    in_bytes = [
+        list(node.shape)
+        for node in quantized.get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.u8
+    ]
+    assert [1536, 384] in in_bytes, "the later half of the encoder keeps its weights in 8 bits"
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from FrEIA.modules import AllInOneBlock
+from sklearn.decomposition import PCA
 from torch import nn
 
 from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock, Whitening, log_likelihood
@@ -106,6 +107,33 @@ def test_noise_is_added_behind_the_whitening():
     flow.whitening.fit(torch.randn(50, 4) * 3)
     shifted = vectors + torch.linalg.solve(flow.whitening.matrix, noise.T).T
     torch.testing.assert_close(flow.log_likelihood(vectors, condition, noise), flow.log_likelihood(shifted, condition))
+
+
+def test_what_the_blocks_do_not_take_is_gaussian():
+    vectors, condition = torch.randn(300, 6) @ torch.randn(6, 6) + 2, torch.randn(5, 4)
+    flow = randomise(ConditionalFlow(6, 4, coupling_blocks=2, kept=4))
+    flow.whitening.shrinkage = 0.0
+    flow.whitening.fit(vectors)
+    principal = PCA(4, whiten=True).fit(vectors.numpy()).transform(vectors.numpy())
+    (kept,), _ = flow.whitening((vectors,))
+    torch.testing.assert_close(kept.abs(), torch.from_numpy(principal).abs())  # an axis may point either way
+
+    def whole(vector, position):
+        white = flow.whitening.matrix @ (vector - flow.whitening.mean)
+        u = (white[None, :4],)
+        for block in flow.blocks:
+            u, _ = block(u, (position[None],))
+        return torch.cat([u[0][0], white[4:]])
+
+    normal = torch.distributions.MultivariateNormal(torch.zeros(6), torch.eye(6))
+    for vector, position, likelihood in zip(
+        vectors, condition, flow.log_likelihood(vectors[:5], condition), strict=False
+    ):
+        jacobian = torch.autograd.functional.jacobian(lambda v, p=position: whole(v, p), vector)
+        expected = normal.log_prob(whole(vector, position)) + jacobian.det().abs().log()
+        torch.testing.assert_close(likelihood, expected / 6)
+    back, _ = flow(torch.randn(5, 4), [condition], rev=True)
+    torch.testing.assert_close(flow(flow(back, [condition])[0], [condition], rev=True)[0], back)
 
 
 def test_equation_8():

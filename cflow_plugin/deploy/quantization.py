@@ -3,6 +3,7 @@
 __all__ = ["TrainingImages", "check_data", "compress", "quantize", "quantize_with_accuracy_control"]
 
 import logging
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from copy import copy
@@ -131,8 +132,8 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
 
     What else could be in INT8 must not be. The whitening in front of a decoder magnifies directions of little variance,
     and with them the rounding of its own input and of the encoder, whose first layers are the most sensitive; the maps
-    are a few small products. The later half of the encoder's convolutions keeps its weights in 8 bits, and all that is
-    left in 16, to be unpacked when the file is loaded.
+    are a few small products. The later half of the encoder's convolutions and linear layers keeps its weights in 8
+    bits, and all that is left in 16, to be unpacked when the file is loaded.
 
     Args:
         model: What :func:`convert_to_openvino` returned.
@@ -158,8 +159,10 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
         # Seen with the coarsest scale of the Gabor filter bank.
         msg = f"NNCF cannot quantize a model with this encoder ({error}) Export it with --compression_type fp16."
         raise CflowError(msg) from error
-    convolutions = _named(quantized, {"Convolution", "GroupConvolution"})
-    kept = [*convolutions[: len(convolutions) // 2], *_named(quantized, {"MatMul"})]
+    layers = _named(quantized, {"Convolution", "GroupConvolution", "MatMul"})
+    products = set(_named(quantized, {"MatMul"}))
+    encoder = [name for name in layers if name not in products or name.startswith("encoder.")]
+    kept = [*encoder[: len(encoder) // 2], *sorted(products.difference(encoder))]
     return nncf.compress_weights(
         quantized, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=kept, validate=False)
     )
@@ -239,4 +242,6 @@ def _named(model: ov.Model, types: set[str]) -> list[str]:
 def _all_but_decoders(model: ov.Model) -> Any:
     """The operations that INT8 must leave alone: all but the matrix products of the coupling blocks."""
     names = [node.get_friendly_name() for node in model.get_ops()]
-    return _nncf().IgnoredScope(names=[name for name in names if ".blocks." not in name], validate=False)
+    return _nncf().IgnoredScope(
+        names=[name for name in names if not re.match(r"flows\.\d+\.blocks\.", name)], validate=False
+    )

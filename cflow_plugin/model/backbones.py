@@ -18,9 +18,11 @@ __all__ = [
 import inspect
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -154,15 +156,31 @@ def create(backbone: str, **arguments: Any) -> nn.Module:
         CflowError: If timm has none of that name.
     """
     if not timm.is_model(backbone):
-        similar = ", ".join(timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:8])
-        hint = f" Similar names: {similar}." if similar else " `cflow-plugin encoders` lists all."
-        msg = f"timm knows no backbone named {backbone!r}.{hint}"
-        raise CflowError(msg)
+        raise CflowError(_no_such(backbone))
     try:
         return timm.create_model(backbone, pretrained=False, **arguments).eval()
     except RuntimeError as error:
-        msg = f"timm cannot build {backbone!r} ({first_line(error)})."
+        tags = ", ".join(timm.list_pretrained(f"{backbone.partition('.')[0]}.*"))
+        msg = f"timm cannot build {backbone!r} ({first_line(error)}).{f' With weights there are {tags}.' * bool(tags)}"
         raise CflowError(msg) from error
+
+
+def _no_such(backbone: str) -> str:
+    """What to say of a name that timm does not know."""
+    repository, _, name = backbone.strip().lower().rpartition("/")
+    names = timm.list_models(include_tags=True) + timm.list_models()
+    if name in names:
+        return f"timm knows no backbone named {backbone!r}; take --model.backbone {name}."
+    part = re.split(r"[._-]", name)[0]
+    similar = get_close_matches(name, names, 8, cutoff=0.85) or (timm.list_models(f"*{part}*")[:8] if part else [])
+    hint = (
+        f" Similar names: {', '.join(similar)}."
+        if similar
+        else " `cflow-plugin encoders --search` lists what there is."
+    )
+    if repository:
+        hint += " Of another repository, name the network in timm's words, and its file with --model.weights."
+    return f"timm knows no backbone named {backbone!r}.{hint}"
 
 
 def build(

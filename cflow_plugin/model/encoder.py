@@ -102,9 +102,9 @@ class Encoder(nn.Module):
         unknown = [
             layer for layer in self.layers if layer not in offered and layer not in dict(network.named_modules())
         ]
-        if unknown or not self.layers:
+        if unknown or not self.layers or len(set(self.layers)) < len(self.layers):
             msg = (
-                f"{self.backbone!r} has no layer {', '.join(map(repr, unknown)) or 'named'}; "
+                f"{self.backbone!r} has no layer {', '.join(map(repr, unknown)) or 'named, or one twice'}; "
                 f"choose from {', '.join(offered)}, or a module inside one of them."
             )
             raise CflowError(msg)

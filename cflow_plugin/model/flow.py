@@ -55,20 +55,31 @@ class Whitening(InvertibleModule):
         W = \begin{bmatrix} \Sigma_{11}^{-1/2} & 0 \\ -S^{-1/2} \Sigma_{21} \Sigma_{11}^{-1} & S^{-1/2} \end{bmatrix},
         \qquad S = \Sigma_{22} - \Sigma_{21} \Sigma_{11}^{-1} \Sigma_{12} .
 
-    Until :meth:`fit` is called the layer is the identity.
+    Of long vectors it puts out a part alone, the ``kept`` whitened principal components of largest variance, which
+    bounds the cost of the blocks behind it. The others are taken to be Gaussian, as Eq. 2 has them: the logarithm of
+    their density is added to the log-determinant, as that of what a multi-scale flow factors out. So the likelihood
+    stays one of the whole vector.
+
+    Until :meth:`fit` is called the matrix is the identity.
 
     Args:
         dims_in: FrEIA's input dimensions, ``[(D,)]``.
         dims_c: Must be empty: the layer takes no condition.
+        kept: Length of the vectors that are put out; D if it is ``None`` or larger.
         shrinkage: Weight of the isotropic part added to the covariance, in units of its mean variance. It keeps
             directions without variance (dead channels, fewer vectors than dimensions) finite.
     """
 
     def __init__(
-        self, dims_in: Sequence[tuple[int]], dims_c: Sequence[tuple[int]] | None = None, shrinkage: float = 0.01
+        self,
+        dims_in: Sequence[tuple[int]],
+        dims_c: Sequence[tuple[int]] | None = None,
+        kept: int | None = None,
+        shrinkage: float = 0.01,
     ) -> None:
         super().__init__(dims_in, dims_c or [])
         dimensions = dims_in[0][0]
+        self.kept = min(kept or dimensions, dimensions)
         self.shrinkage = shrinkage
         self.first_half = dimensions - dimensions // 2
         self.mean: torch.Tensor
@@ -103,17 +114,24 @@ class Whitening(InvertibleModule):
         # A constant image set has no variance at all; the floor keeps the matrix finite there, too.
         isotropic = (self.shrinkage * covariance.diagonal().mean()).clamp_min(1e-12)
         covariance = covariance + isotropic * torch.eye(len(mean)).to(covariance)
+        self.mean.copy_(as_on(mean, self.mean))
+        whole = self.kept == len(mean)
+        matrix, log_det = self._split(covariance) if whole else _inverse_root(covariance, symmetric=False)
+        self.matrix.copy_(as_on(matrix, self.matrix))
+        self.log_det.copy_(as_on(log_det, self.log_det))
+
+    def _split(self, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix that whitens each half, and its log-determinant."""
         first, second = slice(None, self.first_half), slice(self.first_half, None)
         prediction = torch.linalg.solve(covariance[first, first], covariance[first, second]).T
         unpredicted = covariance[second, second] - prediction @ covariance[first, second]
         root, log_det = _inverse_root(covariance[first, first])
         other_root, other_log_det = _inverse_root(unpredicted)
-        self.mean.copy_(as_on(mean, self.mean))
-        self.matrix.zero_()
-        self.matrix[first, first] = as_on(root, self.matrix)
-        self.matrix[second, first] = as_on(-other_root @ prediction, self.matrix)
-        self.matrix[second, second] = as_on(other_root, self.matrix)
-        self.log_det.copy_(as_on(log_det + other_log_det, self.log_det))
+        matrix = torch.zeros_like(covariance)
+        matrix[first, first] = root
+        matrix[second, first] = -other_root @ prediction
+        matrix[second, second] = other_root
+        return matrix, log_det + other_log_det
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the base class says Iterable and indexes
         self, x: Sequence[torch.Tensor], c: Sequence[torch.Tensor] = (), rev: bool = False, jac: bool = True
@@ -121,21 +139,35 @@ class Whitening(InvertibleModule):
         """See :class:`FrEIA.modules.InvertibleModule`; vectors are ``(..., D)``."""
         del c, jac  # no condition; the determinant is a constant and costs nothing
         if rev:
-            inverse = torch.linalg.solve(self.matrix, x[0].flatten(0, -2).T).T.view_as(x[0])
-            return (inverse + self.mean,), -self.log_det
-        return (functional.linear(x[0] - self.mean, self.matrix),), self.log_det
+            whole = functional.pad(x[0], (0, len(self.mean) - self.kept))  # of what is not kept the likeliest
+            inverse = torch.linalg.solve(self.matrix, whole.flatten(0, -2).T).T.view_as(whole)
+            return (inverse + self.mean,), -self.log_det - self._rest(whole)
+        whole = functional.linear(x[0] - self.mean, self.matrix)
+        return (whole[..., : self.kept],), self.log_det + self._rest(whole)
+
+    def _rest(self, whole: torch.Tensor) -> torch.Tensor | float:
+        """The log-likelihood of what is not kept."""
+        if self.kept == len(self.mean):
+            return 0.0
+        rest = whole[..., self.kept :]
+        return rest.shape[-1] * log_likelihood(rest, self.log_det.new_zeros(()))
 
     def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
-        """Return the dimensions unchanged."""
-        return input_dims
+        """Return the dimensions that are kept."""
+        del input_dims
+        return [(self.kept,)]
 
 
-def _inverse_root(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric inverse square root of a positive definite matrix, and its log-determinant."""
+def _inverse_root(covariance: torch.Tensor, symmetric: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """An inverse square root of a positive definite matrix, and its log-determinant.
+
+    It is symmetric, or else has the principal axes for rows, that of largest variance first.
+    """
     variance, axes = torch.linalg.eigh(covariance)
     # Rounding must not make a direction without variance negative.
     variance = variance.clamp_min(variance[-1] * 1e-12)
-    return (axes / variance.sqrt()) @ axes.T, -0.5 * variance.log().sum()
+    whitened = axes / variance.sqrt()
+    return whitened @ axes.T if symmetric else whitened.T.flip(0), -0.5 * variance.log().sum()
 
 
 class CouplingBlock(InvertibleModule):
@@ -266,6 +298,7 @@ class ConditionalFlow(SequenceINN):
         coupling_blocks: Number of coupling blocks.
         clamp: Soft clamp of the blocks' log-scales.
         permutation: See :class:`CouplingBlock`.
+        kept: How many dimensions the coupling blocks take, see :class:`Whitening`.
 
     Example:
         >>> flow = ConditionalFlow(dimensions=16, condition_dims=8, coupling_blocks=4)
@@ -281,13 +314,14 @@ class ConditionalFlow(SequenceINN):
         coupling_blocks: int = 8,
         clamp: float = 1.9,
         permutation: Permutation = "swap",
+        kept: int | None = None,
     ) -> None:
         super().__init__(dimensions)
         if coupling_blocks < 1:
             msg = f"A flow needs at least one coupling block, got {coupling_blocks}."
             raise ValueError(msg)
         self.condition_dims = condition_dims
-        self.append(Whitening)
+        self.append(Whitening, kept=kept)
         conditioning = {"cond": 0, "cond_shape": (condition_dims,)} if condition_dims else {}
         for _ in range(coupling_blocks):
             self.append(CouplingBlock, clamp=clamp, permutation=permutation, **conditioning)
@@ -315,11 +349,12 @@ class ConditionalFlow(SequenceINN):
         Returns:
             Nats per dimension, ``(..., P)``.
         """
+        share = self.whitening.kept / vectors.shape[-1]  # per dimension of the whole vector, not of what is kept
         if noise is None:
-            return log_likelihood(*self(vectors, [condition]))
+            return share * log_likelihood(*self(vectors, [condition]))
         (u,), log_det = self.whitening((vectors,))
-        u = u + noise
+        u = u + noise[..., : self.whitening.kept]
         for block in self.blocks:
             (u,), contribution = block((u,), (condition,) if self.condition_dims else ())
             log_det = log_det + contribution
-        return log_likelihood(u, log_det)
+        return share * log_likelihood(u, log_det)

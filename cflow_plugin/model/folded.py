@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from typing import Any, cast
 
@@ -129,8 +129,8 @@ class FoldedFlow(nn.Module):
         super().__init__()
         whitening, blocks = flow.whitening, flow.blocks
         # All constants are computed in float64 and rounded once.
-        kept = whitening.mean
-        gain = torch.ones_like(in_double(kept))
+        like, kept = whitening.mean, whitening.kept
+        gain = torch.ones_like(in_double(like[:kept]))
         offset = torch.zeros_like(gain)
         log_det = in_double(whitening.log_det)
         folded, exchanges = [], []
@@ -148,18 +148,22 @@ class FoldedFlow(nn.Module):
             elif block.rotation is not None:
                 rotation = gain[:, None] * in_double(block.rotation)
                 exchanges.insert(
-                    0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, kept), block.passive)
+                    0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, like), block.passive)
                 )
                 gain, offset = torch.ones_like(gain), torch.zeros_like(offset)
             folded.insert(0, _FoldedBlock(block, gain, offset, height, width))
             offset = torch.cat([offset[: block.passive], torch.zeros_like(offset[block.passive :])])
-        self.dimensions = len(kept)
-        weight = gain[:, None] * in_double(whitening.matrix)
-        bias = offset - weight @ in_double(whitening.mean)
-        half = whitening.first_half
-        # The first half of the whitened vector is made of the first half of the features alone.
-        self.whitening_first = _linear(weight[:half, :half], bias[:half], kept)
-        self.whitening_second = _linear(weight[half:], bias[half:], kept)
+        self.dimensions = len(like)
+        weight = in_double(whitening.matrix).clone()
+        weight[:kept] *= gain[:, None]
+        bias = -weight @ in_double(whitening.mean)
+        bias[:kept] += offset
+        half = blocks[0].passive
+        # Where all is kept, the first half of the whitened vector is made of the first half of the features alone.
+        reads = half if kept == len(like) else len(like)
+        self.whitening_first = _linear(weight[:half, :reads], bias[:half], like)
+        self.whitening_second = _linear(weight[half:kept], bias[half:kept], like)
+        self.whitening_rest = _linear(weight[kept:], bias[kept:], like) if kept < len(like) else None
         self.blocks = ModuleListOf[_FoldedBlock](folded)
         self.exchanges = nn.ModuleList(exchanges)
         self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
@@ -183,11 +187,13 @@ class FoldedFlow(nn.Module):
             total = total.add_(log_scale) if index else log_scale.clone()
             if index < len(self.exchanges):
                 first, second = self.exchanges[index](first, second)
-        if (
-            total.dtype.itemsize < torch.float32.itemsize
-        ):  # autocast: a sum of hundreds of squares would keep two digits
-            total, first, second = total.float(), first.float(), second.float()
-        energy = total.sum(-1) - 0.5 * (first.square().sum(-1) + second.square().sum(-1))
+        squares = [first, second]
+        if self.whitening_rest is not None:
+            squares.append(self.whitening_rest(vectors))
+        if total.dtype.itemsize < torch.float32.itemsize:
+            # autocast: a sum of hundreds of squares would keep two digits
+            total, squares = total.float(), [part.float() for part in squares]
+        energy = total.sum(-1) - 0.5 * reduce(torch.add, [part.square().sum(-1) for part in squares])
         return (energy / self.dimensions + self.constant).unflatten(1, size)
 
 

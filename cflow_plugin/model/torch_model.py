@@ -37,6 +37,8 @@ class CflowModel(nn.Module):
         aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         whole_image: What the image as a whole counts in its score, see :class:`~cflow_plugin.model.whole.WholeImage`.
         image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
+        flow_dimensions: How many dimensions of a vector the coupling blocks take at most; ``None`` takes all. See
+            :class:`~cflow_plugin.model.flow.Whitening`.
 
     Raises:
         CflowError: If a setting is out of range, or the encoder cannot be built.
@@ -58,12 +60,16 @@ class CflowModel(nn.Module):
         aggregation: Aggregation = "surprise",
         whole_image: float = 0.5,
         image_size: Sequence[int] | None = None,
+        flow_dimensions: int | None = None,
     ) -> None:
         super().__init__()
+        if flow_dimensions is not None and flow_dimensions < 2:
+            msg = f"flow_dimensions must be at least 2, or null for all, got {flow_dimensions}."
+            raise CflowError(msg)
         self.condition_dims = condition_dims
         self.encoder = Encoder(backbone, layers, neighbourhood, padding, image_size)
         self.decoders = ModuleListOf[ConditionalFlow](
-            ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation)
+            ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation, flow_dimensions)
             for channels in self.encoder.channels
         )
         self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction, aggregation)

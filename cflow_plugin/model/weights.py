@@ -4,9 +4,7 @@ __all__ = ["PACKAGES", "cached_file", "load", "load_file", "load_pretrained", "r
 
 import hashlib
 import logging
-import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,11 +15,11 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import get_session
 from safetensors.torch import load_file as load_safetensors
-from timm.models import model_entrypoint
 
 from cflow_plugin.errors import CflowError, first_line
-from cflow_plugin.model.backbones import create, weights_name
+from cflow_plugin.model.backbones import weights_name
 from cflow_plugin.model.encoder import Encoder
+from cflow_plugin.model.layouts import layouts
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,6 @@ PACKAGES: Mapping[str, str] = {
 
 _FILES = ("model.safetensors", "pytorch_model.bin")  # what a model's folder of the hub has
 _PARTS = ("state_dict_ema", "state_dict", "model_ema", "model", "teacher")  # in which training scripts keep them
-_PREFIX = re.compile(r"^(module|model|encoder|backbone|network|teacher|timm_model|trunk)\.")
 
 
 def load(encoder: Encoder, weights: str | Path | None, pre_trained: bool) -> None:
@@ -135,7 +132,7 @@ def load_file(encoder: Encoder, path: str | Path) -> None:
     Args:
         encoder: The encoder.
         path: ``.safetensors``, or a ``.pth``/``.pt``/``.bin`` file that holds a state dict (no pickled objects), in
-            the names of timm, torchvision or the model's authors; or a folder with one such file.
+            the names of timm, torchvision, transformers or the model's authors; or a folder with one such file.
 
     Raises:
         CflowError: If the file is missing, unreadable, lacks a needed tensor or has one of another shape.
@@ -143,7 +140,7 @@ def load_file(encoder: Encoder, path: str | Path) -> None:
     file = _file_in(Path(path))
     weights = read_weights(file)
     how, fitting = next(
-        ((how, found) for how, found in _layouts(weights, encoder) if encoder.fits(found)), ("", weights)
+        ((how, found) for how, found in layouts(weights, encoder) if encoder.fits(found)), ("", weights)
     )
     encoder.load_weights(fitting, source=str(path))
     digest = _sha256(file)
@@ -197,41 +194,3 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         )
         raise CflowError(msg) from error
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _layouts(weights: Mapping[str, torch.Tensor], encoder: Encoder) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
-    """Weights under the names that they may have in timm, most likely first, and how they were mapped."""
-    yield "", weights
-    plain = dict(weights)
-    while any(map(_PREFIX.match, plain)):
-        plain = {_PREFIX.sub("", name): tensor for name, tensor in plain.items()}
-        yield ", a prefix of names left out", plain
-    # Each of timm's files of models knows the layout of its authors' weights, and resamples position embeddings.
-    names = vars(sys.modules[model_entrypoint(encoder.backbone).__module__])
-    own = names.get("checkpoint_filter_fn") or names.get("_filter_fn")
-    if own is not None:
-        try:
-            yield ", mapped as timm does", own(dict(plain), encoder.network)
-        except Exception as error:
-            logger.debug("timm's own mapping does not apply: %s", first_line(error))
-    ordered = _in_order(plain, encoder.backbone)
-    if ordered:
-        yield ", names mapped by the order of tensors", ordered
-
-
-def _in_order(weights: Mapping[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
-    """Weights of a whole network in timm's names, if their sizes in order are those of timm's own.
-
-    Implementations of one network define its layers in the order in which they run. For torchvision's EfficientNet,
-    MobileNet, ConvNeXt and MNASNet the tests compare the outputs.
-    """
-    given = [tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")]
-    try:
-        with torch.device("meta"):
-            wanted = create(backbone).state_dict()
-    except Exception:
-        return {}
-    wanted = {name: tensor for name, tensor in wanted.items() if not name.endswith("num_batches_tracked")}
-    if [tensor.squeeze().shape for tensor in given] != [tensor.squeeze().shape for tensor in wanted.values()]:
-        return {}
-    return {name: tensor.reshape(like.shape) for (name, like), tensor in zip(wanted.items(), given, strict=True)}

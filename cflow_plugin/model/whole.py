@@ -65,6 +65,7 @@ class WholeImage(FullPrecision):
         self.register_buffer("typical", torch.tensor(float("nan")))
         self.register_buffer("decade", torch.ones(()))
         take_shapes_from_checkpoints(self)
+        self.register_load_state_dict_pre_hook(_add_unfitted)
 
     @property
     def is_fitted(self) -> bool:
@@ -123,6 +124,12 @@ class WholeImage(FullPrecision):
         distance = _distance(self.means(pyramid), self.mean, self.scale, self.directions)
         rarity = ((distance - self.typical) / self.decade).clamp_min(0)
         return 1 - (1 - score) * (1 - self.weight * (1 - torch.exp(-_RATE * rarity)))
+
+
+def _add_unfitted(module: WholeImage, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Let checkpoints lack all of this, as those of older releases do: then it says nothing."""
+    for name, buffer in module.named_buffers():
+        state.setdefault(prefix + name, buffer)
 
 
 def _gaussian(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

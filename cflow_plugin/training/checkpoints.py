@@ -219,13 +219,13 @@ def check_weights(found: Mapping[str, torch.Tensor], model: nn.Module) -> None:
 
     Args:
         found: A checkpoint's tensors by their names.
-        model: The model that it is to be loaded into; its scoring constants may be missing.
+        model: The model that it is to be loaded into; what makes scores of likelihoods may be missing.
 
     Raises:
         CflowError: If one is not, or a tensor of weights is not finite.
     """
     names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]  # which nothing reads
-    needed = [f"model.{name}" for name in names if not name.startswith("scoring.")]
+    needed = [f"model.{name}" for name in names if not name.startswith(("scoring.", "whole."))]
     if missing := [name for name in needed if name not in found]:
         message = (
             f"The checkpoint is of another kind of model: it lacks {missing[0]}, and {len(missing)} weights in all."

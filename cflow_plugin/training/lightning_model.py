@@ -57,17 +57,15 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the coupling blocks' log-scales.
-        permutation: ``swap`` exchanges the halves of a vector between blocks, ``random`` permutes it as in the paper,
-            ``soft`` multiplies it by a random orthogonal matrix as the original code does.
+        permutation: ``swap`` exchanges halves between blocks, ``random`` permutes (paper), ``soft`` rotates (its code).
         neighbourhood: Average features over so many cells in either direction (odd), one number or one for each layer;
-            1 as in the paper. By default the finest layer is left as it is, and the others take 3.
-        padding: What the encoder's convolutions see beyond the border: ``zeros``, or their own input mirrored
-            (``reflect``), as in the original code's ResNets.
+            1 as in the paper. By default 1 for the finest layer and 3 for the others.
+        padding: Beyond the border convolutions see ``zeros``, or their input mirrored (``reflect``), as originally.
         whiten: Start the decoders from the training features' covariance. The paper does not.
-        camera_variation: How much noise, focus, compression and light may vary, in multiples of what is usual. 0 as in
-            the paper. See :mod:`~cflow_plugin.training.camera`.
-        noise: Standard deviation of noise added to training features, in units of their whitened one, so that few
-            training images are not learned by heart. 0 as in the paper.
+        flow_dimensions: Of longer vectors that are whitened the coupling blocks take so many principal components; what
+            is left is taken to be Gaussian. ``null`` takes all, as the paper does.
+        camera_variation: How much a camera may vary, see :mod:`~cflow_plugin.training.camera`. 0 as in the paper.
+        noise: Standard deviation of noise on training features, in units of their whitened one. 0 as in the paper.
         sigma: Gaussian smoothing of the anomaly map in pixels; 0 as in the paper.
         top_fraction: The image score is the mean of this fraction of the map's highest pixels; 0: maximum (paper).
         position_correction: Share of a position's mean log-likelihood that is not held against it; the outermost
@@ -79,8 +77,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         unseen_share: Share of the training images that only says how likely good cells are; 0 with fewer than eight.
         epochs: Length, where ``--trainer.max_epochs`` sets none; by default it grows with the number of images.
         steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
-        vectors_per_step: Feature vectors of the finest scale in a step; coarser scales take part in proportion to
-            their positions.
+        vectors_per_step: Feature vectors of the finest scale in a step; coarser scales have their share.
         learning_rate: Peak learning rate of Adam.
         schedule: ``one_cycle`` or ``cosine``.
         warmup_epochs: Epochs of linear warm-up before ``cosine``.
@@ -125,6 +122,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         neighbourhood: int | list[int] | None = None,
         padding: Padding = "zeros",
         whiten: bool = True,
+        flow_dimensions: int | None = 256,
         camera_variation: float = 1.0,
         noise: float = 0.6,
         sigma: float = 2.0,
@@ -167,6 +165,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             aggregation=aggregation,
             whole_image=whole_image,
             image_size=image_size,
+            flow_dimensions=flow_dimensions if whiten else None,
         )
         super().__init__(
             pre_processor=self.pre_processing(pre_processor, network.encoder, bits),
@@ -174,7 +173,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.hparams["image_size"] = network.encoder.image_size or image_size  # rounded where that was needed
+        size = network.encoder.image_size or image_size  # rounded where that was needed
+        self.hparams.update(image_size=size, flow_dimensions=flow_dimensions if whiten else None)
         self.model: CflowModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         self.progress = resuming.Progress()
@@ -223,7 +223,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         begun = self.progress.training_has_begun
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
-            lambda images: self.model.encoder(self.prepared(images).to(self.dtype)),
+            self.features,
             lambda bank: self._fit_gaussians(bank, loader),
             lambda: self.current_epoch,
             steps=self.hparams["steps_per_epoch"],

@@ -92,6 +92,23 @@ class OneClassMixin(_Module):
         transform = getattr(self.pre_processor, "transform", None) or self.pre_processor
         return transform(images) if transform else images
 
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What the encoder makes of images as they are loaded, to be trained on.
+
+        The encoder computes in half precision where the trainer does (``--trainer.precision bf16-mixed``), which on a
+        GPU saves most of its time.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+
+        Returns:
+            For each layer ``(B, D_k, H_k, W_k)``, in the model's own number format.
+        """
+        prepared = self.prepared(images).to(self.dtype)
+        with self.trainer.precision_plugin.forward_context():
+            pyramid = cast("Any", self.model).encoder(prepared)
+        return [part.to(self.dtype) for part in pyramid]
+
     def scored(self, images: torch.Tensor | None) -> InferenceBatch:
         """Scores and maps of prepared images, before post-processing.
 

@@ -99,9 +99,9 @@ class Candidate:
 class EncoderAlone(nn.Module):
     """An encoder without anything behind it."""
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, backbone: str, size: int) -> None:
         super().__init__()
-        self.encoder = Encoder(backbone)
+        self.encoder = Encoder(backbone, image_size=(size, size))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The features of images ``(B, 3, H, W)``, for each layer ``(B, D_k, H_k, W_k)``."""
@@ -149,7 +149,7 @@ def build_model(name: Model, backbone: str, size: int) -> AnomalibModule | Encod
     """
     torch.manual_seed(0)
     if name == "encoder":
-        return EncoderAlone(backbone).eval()
+        return EncoderAlone(backbone, size).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "CflowPlugin":

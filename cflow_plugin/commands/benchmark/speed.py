@@ -105,7 +105,7 @@ def _prepare(
                 facts = _export_once(candidate, folder, files)
                 facts["peak_memory_mb"] = _in_own_process(_peak_memory, candidate, facts.pop("source"), threads)
                 prepared.append((candidate, facts))
-            except (UnavailableError, BrokenProcessPool) as error:
+            except (UnavailableError, CflowError, BrokenProcessPool) as error:
                 reason = str(error) or "its process died, probably for lack of memory"
         if reason is not None:
             skipped.setdefault(reason, []).append(str(candidate))
