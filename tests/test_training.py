@@ -66,7 +66,7 @@ def test_only_decoders_and_constants_change(tmp_path, textures):
     after = weights_of(model)
     assert set(modes) == {(False, True)}
     changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {"decoders", "scoring"}
+    assert changed == {"decoders", "scoring", "whole"}
     parameters = {name for name, parameter in model.model.decoders.named_parameters() if parameter.requires_grad}
     assert all(not torch.equal(before[f"decoders.{name}"], after[f"decoders.{name}"]) for name in parameters)
 
@@ -445,6 +445,7 @@ def test_augmented_images_are_encoded_anew(tmp_path, textures, caplog):
 
 def test_the_paper_s_settings_train(tmp_path, textures):
     paper = {"permutation": "random", "neighbourhood": 1, "whiten": False, "noise": 0, "sigma": 0, "top_fraction": 0}
+    paper |= {"whole_image": 0}
     model = quick_model(**paper, condition_dims=16, schedule="cosine", learning_rate=2e-4)
     make_engine(tmp_path).fit(model, datamodule=textures)
     assert torch.equal(model.model.decoders[0].whitening.matrix, torch.eye(51))
