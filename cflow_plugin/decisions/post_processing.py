@@ -1,10 +1,13 @@
 """anomalib's post-processing, with thresholds that keep a stated false-alarm rate."""
 
-__all__ = ["ConformalPostProcessor"]
+__all__ = ["ConformalPostProcessor", "post_processing"]
 
 import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
@@ -12,12 +15,14 @@ from lightning import LightningModule, Trainer
 
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.decisions.conformal import check_enough, images_needed, p_values, threshold_rank
+from cflow_plugin.decisions.regions import Region, RegionSettings, find_regions, region_level, shown_mask
 from cflow_plugin.errors import CflowError
 from cflow_plugin.modules import FullPrecision, take_shapes_from_checkpoints
 
 logger = logging.getLogger(__name__)
 
 _RATE = "target_false_alarm_rate"
+_REGIONS = "regions"
 _REFERENCE = ("reference_scores", "reference_maxima")
 
 
@@ -31,8 +36,9 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
     - *Image*: the threshold is the ``ceil((n + 1) (1 - rate))``-th smallest of the n reference scores. A new
       normal image, exchangeable with them, is called anomalous with a probability of at most ``rate``.
     - *Pixel*: a map has thousands of pixels, and with a rate a pixel nearly every normal image would show something.
-      The threshold is therefore the same order statistic of the n maps' *highest* values. A new normal image has any
-      pixel above it at all with a probability of at most ``rate``, however its pixels depend on each other.
+      The threshold is therefore the same order statistic of the n maps' *highest* values, or with ``smallest_region``
+      of the highest levels at which they have a region of that size. A new normal image has any such region above it
+      at all with a probability of at most ``rate``, however its pixels depend on each other.
     - *Both*: two such rules together would call up to twice as many anomalous. So the image decides, and a mask shows
       pixels only in an image that is anomalous: a normal image is called so by score or by mask with a probability of
       at most ``rate``.
@@ -45,19 +51,31 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
     Args:
         target_false_alarm_rate: Share of normal images that may be called anomalous, between 0 and 1; ``None`` for
             anomalib's F1-adaptive thresholds.
+        smallest_region: Pixels of the map that a region has at least to be shown.
+        most_regions: Regions shown of an image, those with the highest peaks; ``None`` for all.
+        mm_per_pixel: Length of a picture's pixel in millimetres, where areas are wanted in mm².
         **settings: Settings of anomalib's post-processor. Sensitivities would shift the thresholds, so with a rate they
             stay at 0.5.
 
     Attributes:
         reference_scores: Image scores of the reference images, ascending, before normalisation, ``(n,)``.
-        reference_maxima: Highest values of their maps, ascending, before normalisation, ``(n,)``.
+        reference_maxima: Highest levels at which their maps have a region, ascending, before normalisation, ``(n,)``;
+            where a pixel is a region, their highest values.
 
     Raises:
         CflowError: If a setting is out of range, or does not go with a rate.
     """
 
-    def __init__(self, target_false_alarm_rate: float | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        target_false_alarm_rate: float | None = None,
+        smallest_region: int = 1,
+        most_regions: int | None = None,
+        mm_per_pixel: float | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
+        self._regions = RegionSettings(smallest_region, most_regions, mm_per_pixel)
         if target_false_alarm_rate is not None:
             images_needed(target_false_alarm_rate)  # refuses what is no rate
             if not self.enable_normalization or (self.image_sensitivity, self.pixel_sensitivity) != (0.5, 0.5):
@@ -100,7 +118,7 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
 
         Args:
             scores: Their image scores between 0 and 1, ``(n,)``.
-            maxima: The highest values of their anomaly maps, between 0 and 1, ``(n,)``.
+            maxima: What :meth:`levels` says of their anomaly maps, between 0 and 1, ``(n,)``.
 
         Raises:
             CflowError: If they are too few for the rate, or not finite.
@@ -183,7 +201,7 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
 
     @property
     def normalized_reference_maxima(self) -> torch.Tensor:
-        """The highest values of the reference maps, normalised as predictions are, ascending, ``(n,)``."""
+        """The reference maps' highest levels with a region, normalised as predictions are, ascending, ``(n,)``."""
         return self._normalized()[1]
 
     def _normalized(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,6 +242,52 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
         self.check_calibrated()
         return _p_values(anomaly_map, self.normalized_reference_maxima)
 
+    # Regions
+
+    @property
+    def region_settings(self) -> RegionSettings:
+        """Which regions are shown, and by which levels they have p-values."""
+        known = self.is_conformal and self.is_calibrated
+        return replace(self._regions, levels=self.normalized_reference_maxima.tolist() if known else ())
+
+    def levels(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """The highest level at which each map has a region that would be shown.
+
+        Args:
+            anomaly_map: Maps, normalised or not, ``(B, 1, H, W)``.
+
+        Returns:
+            ``(B,)``; without a smallest region the maps' highest values.
+        """
+        if self._regions.smallest == 1:
+            return anomaly_map.flatten(1).amax(1)
+        maps = anomaly_map.detach().flatten(0, -3).cpu().numpy()
+        return anomaly_map.new_tensor([region_level(one, self._regions.smallest) for one in maps])
+
+    def find_regions(
+        self, anomaly_map: torch.Tensor, pred_mask: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[list[Region]]:
+        """The regions of each image, see :func:`~cflow_plugin.decisions.regions.find_regions`.
+
+        Args:
+            anomaly_map: Maps as predicted (normalised), ``(B, 1, H, W)`` or ``(B, H, W)``.
+            pred_mask: Masks as predicted, shaped as the maps.
+            sizes: Height and width of each picture, if these are not the maps'.
+        """
+        settings, shape = self.region_settings, anomaly_map.shape[-2:]
+        maps, masks = (part.detach().reshape(-1, *shape).cpu().numpy() for part in (anomaly_map, pred_mask))
+        each = zip(maps, masks, sizes or [None] * len(maps), strict=True)
+        return [find_regions(one, mask, settings, size) for one, mask, size in each]
+
+    def _shown(self, anomaly_map: torch.Tensor | None, pred_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Masks without the regions that are not shown."""
+        if anomaly_map is None or pred_mask is None or (self._regions.smallest == 1 and self._regions.most is None):
+            return pred_mask
+        shape = pred_mask.shape
+        maps, masks = (part.detach().reshape(-1, *shape[-2:]).cpu().numpy() for part in (anomaly_map, pred_mask))
+        shown = [shown_mask(one, mask, self._regions) for one, mask in zip(maps, masks, strict=True)]
+        return torch.from_numpy(np.stack(shown)).to(pred_mask).reshape(shape)
+
     # What anomalib calls
 
     def forward(self, predictions: InferenceBatch) -> InferenceBatch:
@@ -263,7 +327,8 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
         elif not self.decides:
             return
         super().post_process_batch(batch)
-        batch.update(pred_mask=self._of_anomalous_images(batch.pred_mask, batch.pred_label))
+        mask = self._of_anomalous_images(batch.pred_mask, batch.pred_label)
+        batch.update(pred_mask=self._shown(batch.anomaly_map, mask))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
@@ -297,11 +362,14 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
     # Checkpoints
 
     def checkpoint_config(self) -> dict[str, Any]:
-        """Settings to keep in a checkpoint, the rate among them."""
-        return {**super().checkpoint_config(), _RATE: self.target_false_alarm_rate}
+        """Settings to keep in a checkpoint, the rate and those of regions among them."""
+        regions = {name: value for name, value in asdict(self._regions).items() if name != "levels"}
+        return {**super().checkpoint_config(), _RATE: self.target_false_alarm_rate, _REGIONS: regions}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Take over a checkpoint's settings; a rate that was asked for here is kept.
+        """Take over a checkpoint's settings; a rate that was asked for here is kept, and how regions are shown.
+
+        The smallest region is the checkpoint's, since its thresholds were set for that.
 
         Args:
             config: What :meth:`checkpoint_config` returned.
@@ -309,6 +377,25 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
         super().load_checkpoint_config(config)
         if self.target_false_alarm_rate is None:
             self.target_false_alarm_rate = config.get(_RATE)
+        own, found = self._regions, RegionSettings(**config.get(_REGIONS, {}))
+        if own.smallest not in (1, found.smallest):
+            logger.warning(
+                "The checkpoint's thresholds are set for regions of at least %d pixels (smallest_region), which is "
+                "what is used; for %d, train anew.",
+                found.smallest,
+                own.smallest,
+            )
+        self._regions = replace(found, most=own.most or found.most, mm_per_pixel=own.mm_per_pixel or found.mm_per_pixel)
+
+
+def post_processing(given: PostProcessor | bool, *settings: Any) -> PostProcessor | bool:
+    """The post-processor that was asked for.
+
+    Args:
+        given: A post-processor, or whether to use the default one.
+        *settings: Of the default one, in the order of :class:`ConformalPostProcessor`.
+    """
+    return ConformalPostProcessor(*settings) if given is True else given
 
 
 def _fill_in(post_processor: ConformalPostProcessor, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

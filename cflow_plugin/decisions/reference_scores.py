@@ -4,10 +4,10 @@ __all__ = ["DECISIONS_KEY", "KEY", "read_reference_scores"]
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 
+from cflow_plugin.decisions.notes import read_note
 from cflow_plugin.decisions.score_tables import read_scores
 from cflow_plugin.errors import CflowError
 
@@ -32,7 +32,7 @@ def read_reference_scores(path: Path) -> np.ndarray | None:
     Raises:
         CflowError: If the file cannot be read.
     """
-    readers = {".xml": _from_openvino, ".onnx": _from_onnx, ".ckpt": _from_checkpoint}
+    readers = {".xml": _from_file, ".onnx": _from_file, ".ckpt": _from_checkpoint}
     suffix = path.suffix.lower()
     if not path.exists():
         message = f"There is no file {path}."
@@ -50,16 +50,9 @@ def read_reference_scores(path: Path) -> np.ndarray | None:
     return None if scores is None or not len(scores) else np.sort(np.asarray(scores, dtype=float))
 
 
-def _from_openvino(path: Path) -> list[float] | None:
-    found = ElementTree.parse(path).find(f"./rt_info/{KEY}")
-    return None if found is None else json.loads(found.get("value", "[]"))
-
-
-def _from_onnx(path: Path) -> list[float] | None:
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    return next((json.loads(entry.value) for entry in model.metadata_props if entry.key == KEY), None)
+def _from_file(path: Path) -> list[float] | None:
+    note = read_note(path, KEY)
+    return None if note is None else json.loads(note)
 
 
 def _from_checkpoint(path: Path) -> list[float] | None:

@@ -20,6 +20,7 @@ from cflow_plugin import __version__
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
+from cflow_plugin.decisions.region_files import REGIONS_KEY, note_of
 from cflow_plugin.deploy.fingerprint import FINGERPRINT, RELEASE, fingerprint_of
 from cflow_plugin.deploy.graph import (
     InferenceGraph,
@@ -209,6 +210,7 @@ class FoldedExport(_Base):
         notes = {BITS: str(self._bits()), ENCODER_KEY: json.dumps(about), RELEASE: __version__}
         if isinstance(post_processor, ConformalPostProcessor):
             notes[DECISIONS_KEY] = post_processor.describe()
+            notes[REGIONS_KEY] = note_of(post_processor.region_settings)
             if post_processor.is_calibrated:
                 notes[KEY] = json.dumps(post_processor.normalized_reference_scores.tolist())
                 fingerprint["rate"] = post_processor.rate

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import openvino as ov
 
+from cflow_plugin.decisions.region_files import REGIONS_KEY, region_settings_of
+from cflow_plugin.decisions.regions import RegionSettings
 from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes
 from cflow_plugin.errors import CflowError
 
@@ -31,10 +33,12 @@ class ExportedModel(NamedTuple):
     Attributes:
         compiled: Takes images as :func:`read_exported` says.
         bits: Bits of a value in them.
+        regions: Which regions are shown, and by which levels they have p-values.
     """
 
     compiled: ov.CompiledModel
     bits: int
+    regions: RegionSettings
 
     def __call__(self, inputs: Any) -> Any:
         """Score images.
@@ -164,4 +168,5 @@ def compile_exported(
         # Several workers on a machine would otherwise be pinned to the same first cores.
         settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     model = read_exported(path)
-    return ExportedModel(ov.Core().compile_model(model, device, settings), bits_of(model))
+    regions = region_settings_of(note_of(model, REGIONS_KEY))
+    return ExportedModel(ov.Core().compile_model(model, device, settings), bits_of(model), regions)

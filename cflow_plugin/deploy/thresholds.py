@@ -81,8 +81,10 @@ def thresholds_of(model: ov.Model, trained: AnomalibModule, images: Dataset[Any]
             pred_score=torch.from_numpy(found["pred_score"]), anomaly_map=torch.from_numpy(found["anomaly_map"])
         )
         scores.append(result.pred_score)
-        maxima.append(cast("torch.Tensor", result.anomaly_map).flatten(1).amax(1))
-        if not _is_conformal(processor):
+        if _is_conformal(processor):
+            levels = cast("ConformalPostProcessor", processor).levels
+            maxima.append(levels(cast("torch.Tensor", result.anomaly_map)))
+        else:
             transform: Any = getattr(trained.pre_processor, "transform", None)
             if batch.gt_mask is not None and transform is not None:
                 _, batch.gt_mask = transform(batch.image, batch.gt_mask)

@@ -1,6 +1,16 @@
 """Image files: what is read, how, and what is refused; the same in training, in anomalib's inferencers and in use."""
 
-__all__ = ["ImageFileError", "bits_in", "check_images", "contradiction", "load_pixels", "read_image", "unreadable"]
+__all__ = [
+    "ImageFileError",
+    "bits_in",
+    "check_images",
+    "contradiction",
+    "in_8_bits",
+    "load_pixels",
+    "read_image",
+    "size_of",
+    "unreadable",
+]
 
 import os
 import warnings
@@ -75,6 +85,29 @@ def load_pixels(path: str | os.PathLike) -> np.ndarray:
         if _is_deep(image):
             return np.repeat(np.asarray(image).astype(np.uint16)[..., None], 3, axis=2)
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def size_of(path: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of an image, from its header.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ImageFileError: As for :func:`read_image`.
+    """
+    with _reasons(path), Image.open(path) as image:
+        return image.height, image.width
+
+
+def in_8_bits(pixels: np.ndarray, bits: int | None) -> np.ndarray:
+    """Pixels to look at.
+
+    Args:
+        pixels: Bytes or 16-bit values.
+        bits: Bits of a value in the latter.
+    """
+    return pixels if pixels.dtype == np.uint8 else (pixels >> max(0, (bits or 8) - 8)).clip(0, 255).astype(np.uint8)
 
 
 def contradiction(pixels: np.ndarray, bits: int) -> str | None:

@@ -170,9 +170,10 @@ class Calibration(Callback):
         training = model.training
         model.eval()
         logger.info("Scoring %d good images for the thresholds.", images_in(self._reference))
-        scores, maxima = scores_of(self._reference, self._score)
+        processor = cast("ConformalPostProcessor", module.post_processor)
+        scores, maxima = scores_of(self._reference, self._score, processor.levels)
         model.train(training)
-        cast("ConformalPostProcessor", module.post_processor).calibrate(scores, maxima)
+        processor.calibrate(scores, maxima)
 
 
 def _forget(module: LightningModule) -> None:
@@ -211,20 +212,23 @@ def log_likelihoods_of(
 
 @torch.no_grad()
 def scores_of(
-    images: DataLoader[Any], score: Callable[[torch.Tensor], InferenceBatch]
+    images: DataLoader[Any],
+    score: Callable[[torch.Tensor], InferenceBatch],
+    levels: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score images as new ones would be.
 
     Args:
         images: Loader of images.
         score: Images ``(B, 3, H, W)`` as they are loaded to scores and maps, before post-processing.
+        levels: See :meth:`ConformalPostProcessor.levels`.
 
     Returns:
-        The image scores, and the highest values of the maps, both ``(N,)``.
+        The image scores, and the levels of the maps, both ``(N,)``.
     """
     scores, maxima = [], []
     for batch in images:
         result = score(batch.image)
         scores.append(result.pred_score)
-        maxima.append(cast("torch.Tensor", result.anomaly_map).flatten(1).amax(1))
+        maxima.append(levels(cast("torch.Tensor", result.anomaly_map)))
     return torch.cat(scores), torch.cat(maxima)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from cflow_plugin.anomalib_patches.registration import publish
 from cflow_plugin.anomalib_patches.screen import keep_quiet
-from cflow_plugin.decisions.post_processing import ConformalPostProcessor
+from cflow_plugin.decisions.post_processing import post_processing
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.deploy.export import FoldedExport
 from cflow_plugin.images.checking import ImageFileCheck
@@ -88,6 +88,9 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
             not need more of them. Validation images that are all good, and enough, are taken instead.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
+        smallest_region: Pixels of the map that a region has at least to be shown; the thresholds are set for it.
+        most_regions: Regions shown of an image, those with the highest peaks; by default all.
+        mm_per_pixel: Length of a picture's pixel in millimetres, for areas in mm².
         bits: Bits of a value in the images, up to 16 in a grey camera's files. By default the training images decide.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
@@ -140,6 +143,9 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         target_false_alarm_rate: float | Literal["auto"] | None = "auto",
         held_out_share: float = 0.2,
         held_out_images: str | None = None,
+        smallest_region: int = 1,
+        most_regions: int | None = None,
+        mm_per_pixel: float | None = None,
         bits: int | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -169,7 +175,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         )
         super().__init__(
             pre_processor=self.pre_processing(pre_processor, network.encoder, bits),
-            post_processor=ConformalPostProcessor(rate) if post_processor is True else post_processor,
+            post_processor=post_processing(post_processor, rate, smallest_region, most_regions, mm_per_pixel),
             evaluator=evaluator,
             visualizer=visualizer,
         )

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anomalib.data import ImageBatch
 from anomalib.utils.path import generate_output_filename
@@ -20,8 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
+from cflow_plugin.decisions.region_files import RegionFiles
+from cflow_plugin.decisions.regions import draw_regions
 from cflow_plugin.images.checking import image_files
 from cflow_plugin.images.loading import data_module_of
+from cflow_plugin.images.reading import in_8_bits, load_pixels, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,9 @@ class ResultFiles(Callback):
     A prediction has a folder of its own, ``images/NAME`` where ``NAME`` is that of the images' folder, or ``NAME_2``
     and so on where an earlier prediction's results are. In it are the pictures, in the images' own folders, and
     ``predictions.csv`` with image, score, decision, p-value (where the model keeps a false-alarm rate) and picture.
+    Where the model has a threshold there are its anomalous regions, too: in files as
+    :class:`~cflow_plugin.decisions.region_files.RegionFiles` writes them, and drawn into the images, in their own size,
+    in ``regions``.
 
     Args:
         visualizer: Makes the pictures; ``None`` for none.
@@ -49,6 +55,7 @@ class ResultFiles(Callback):
         self._place: Callable[[str], Path] = Path
         self._folder = Path()
         self._table: Path | None = None
+        self._regions: RegionFiles | None = None
         self._highest: list[tuple[float, tuple[str, ...]]] = []
         self._count = self._anomalous = 0
 
@@ -78,7 +85,6 @@ class ResultFiles(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a folder for the results."""
-        del pl_module
         images = image_files(trainer.predict_dataloaders)
         parents = {os.path.dirname(os.path.abspath(image)) for image in images}  # noqa: PTH100, PTH120  commonpath's kind
         try:
@@ -99,6 +105,9 @@ class ResultFiles(Callback):
         self._highest, self._count, self._anomalous = [], 0, 0
         with self._table.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(_COLUMNS)
+        processor = pl_module.post_processor
+        finds_regions = isinstance(processor, ConformalPostProcessor) and processor.decides and images
+        self._regions = RegionFiles(self._folder, part=part) if finds_regions else None
 
     def on_predict_batch_end(
         self,
@@ -117,6 +126,8 @@ class ResultFiles(Callback):
         rows = _rows(batch, getattr(pl_module, "post_processor", None), pictures)
         with self._table.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
+        if self._regions is not None:
+            self._write_regions(batch, pl_module, self._regions)
         for row in rows:
             self._count += 1
             self._anomalous += row[2] == "1"
@@ -126,6 +137,8 @@ class ResultFiles(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather what other processes wrote, and show the highest scores."""
         del pl_module
+        if self._regions is not None and not trainer.is_global_zero:
+            self._regions.close(with_tables=False)
         trainer.strategy.barrier()
         if self._table is None or not trainer.is_global_zero:
             return
@@ -135,10 +148,33 @@ class ResultFiles(Callback):
             with self._table.open("a", newline="", encoding="utf-8") as file:
                 file.writelines(lines)
             part.unlink()
+            if self._regions is not None:
+                self._regions.take(Path(f"{self._regions.lines}.{rank}"))
+        if self._regions is not None:
+            self._regions.close()
         if trainer.progress_bar_callback is not None:
             _show(sorted(self._highest, reverse=True), self._count)
         what = "1 image" if self._count == 1 else f"{self._count} images"
         logger.info("%s, %d anomalous. Table and pictures are in %s.", what, self._anomalous, self._folder.resolve())
+
+    def _write_regions(self, batch: ImageBatch, module: LightningModule, files: RegionFiles) -> None:
+        """Write what is anomalous in a batch's images, in their files' own pixels."""
+        processor, bits = (
+            cast("ConformalPostProcessor", module.post_processor),
+            getattr(module.pre_processor, "bits", 8),
+        )
+        if batch.anomaly_map is None or batch.pred_mask is None or batch.image_path is None:
+            return
+        sizes = [size_of(path) for path in batch.image_path]
+        found = processor.find_regions(batch.anomaly_map, batch.pred_mask, sizes)
+        for path, size, regions in zip(batch.image_path, sizes, found, strict=True):
+            files.add(str(path), size, regions)
+            if regions and self.visualizer is not None:
+                picture = in_8_bits(load_pixels(path), bits)[..., ::-1].copy()
+                draw_regions(picture, regions)
+                file = self._folder / "regions" / self._place(str(path)).relative_to(self._folder)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture[..., ::-1]).save(file.with_name(f"{file.name}.jpg"), quality=90)
 
     # Both
 

@@ -14,6 +14,7 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cflow_plugin.decisions.region_files import RegionFiles
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 
@@ -28,6 +29,9 @@ _SCHEMA = pa.schema(
         ("anomalous", pa.bool_()),
         ("p_value", pa.float64()),
         ("error", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("regions", pa.string()),
     ]
 )
 
@@ -41,6 +45,9 @@ class Row(NamedTuple):
         anomalous: The model's decision.
         p_value: Its conformal p-value, if the file holds reference scores.
         error: Why it has no score.
+        width: Width of the image.
+        height: Its height.
+        regions: What is anomalous in it, as JSON: a list of :class:`~cflow_plugin.decisions.regions.Region`.
         anomaly_map: Its anomaly map as a PNG of 8 bits a pixel, 0 for 0 and 255 for 1, if maps are wanted.
     """
 
@@ -49,6 +56,9 @@ class Row(NamedTuple):
     anomalous: bool | None = None
     p_value: float | None = None
     error: str | None = None
+    width: int | None = None
+    height: int | None = None
+    regions: str | None = None
     anomaly_map: bytes | None = None
 
 
@@ -158,6 +168,15 @@ class ScoreTable:
         """
         table = pa.Table.from_pylist([row._asdict() for row in rows], schema=self.schema)
         self._replace(self.file(batch), lambda file: pq.write_table(table, file))
+
+    def write_regions(self) -> None:
+        """Write the regions of all parts beside them, see :class:`~cflow_plugin.decisions.region_files.RegionFiles`."""
+        files = RegionFiles(self.folder, prefix="_")
+        for part in sorted(self.folder.glob("part-*.parquet")):
+            for row in pq.read_table(part, columns=["path", "width", "height", "regions"]).to_pylist():
+                if row["regions"] is not None:
+                    files.add(row["path"], (row["height"], row["width"]), json.loads(row["regions"]))
+        files.close()
 
     def _replace(self, file: Path, write: Any) -> None:
         try:

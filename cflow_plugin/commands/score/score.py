@@ -37,8 +37,9 @@ def score(
     """Score a collection of images of any number, on this machine or on a Ray cluster.
 
     The output folder gets Parquet files with columns path, score, anomalous, p_value (where the model was trained with
-    a false-alarm rate) and error, to be read as one table (for example with pandas.read_parquet). An image that cannot
-    be read has a row whose error says why, and no score. The command can be interrupted or killed: started again, it
+    a false-alarm rate), error, width, height and regions (as JSON), to be read as one table (for example with
+    pandas.read_parquet). _regions.csv and _regions.coco.json beside them list all regions. An image that cannot be
+    read has a row whose error says why, and no score. The command can be interrupted or killed: started again, it
     scores only images that have no row yet.
 
     Args:
@@ -95,6 +96,7 @@ def score(
                     progress.advance(task, done.images)
                     speed = progress.tasks[0].completed / (time.monotonic() - start)
                     progress.update(task, description=f"Scoring, {speed:.0f} images/s")
+            parts.write_regions()
             spent = time.monotonic() - start
             logger.info("%d images in %.1f s, %.1f a second.", todo, spent, todo / spent)
             if errors:

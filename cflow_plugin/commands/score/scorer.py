@@ -2,6 +2,7 @@
 
 __all__ = ["Scorer", "Settings"]
 
+import json
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import openvino as ov
 from cflow_plugin.commands.score.parts import Row
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.decisions.regions import find_regions
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.images.reading import ImageFileError, read_image
 
@@ -56,7 +58,7 @@ class Scorer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         model = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
-        compiled, self._bits = model
+        compiled, self._bits, self._regions = model
         self._reference = read_reference_scores(settings.model)
         self._queue = ov.AsyncInferQueue(compiled)
         self._queue.set_callback(self._keep)
@@ -101,11 +103,11 @@ class Scorer:
             return
         self._ahead = max(1, min(2 * len(self._queue) + 2, _READ_AHEAD // max(1, image.nbytes)))
         with suppress(RuntimeError):  # without a row it is tried again, alone
-            self._queue.start_async([image[None]], (batch, rows, place))
+            self._queue.start_async([image[None]], (batch, rows, place, image.shape[:2]))
 
-    def _keep(self, request: ov.InferRequest, job: tuple[list[str], list[Row | None], int]) -> None:
-        batch, rows, place = job
-        rows[place] = self._row(batch[place], request)
+    def _keep(self, request: ov.InferRequest, job: tuple[list[str], list[Row | None], int, tuple[int, int]]) -> None:
+        batch, rows, place, size = job
+        rows[place] = self._row(batch[place], request, size)
 
     def _once_more(self, path: str) -> Row:
         image = self._read(path)
@@ -115,16 +117,20 @@ class Scorer:
             self._alone.infer([image[None]])
         except RuntimeError as error:
             return Row(path, error=f"could not be scored: {str(error).strip().splitlines()[-1]}")
-        return self._row(path, self._alone)
+        return self._row(path, self._alone, image.shape[:2])
 
-    def _row(self, path: str, request: ov.InferRequest) -> Row:
+    def _row(self, path: str, request: ov.InferRequest, size: tuple[int, int]) -> Row:
         score = float(request.get_tensor("pred_score").data.flat[0])
         if not np.isfinite(score):
             return Row(path, error="could not be scored: the score is not a finite number")
-        anomaly_map = _png(request.get_tensor("anomaly_map").data[0, 0]) if self.settings.maps else None
+        found = request.get_tensor("anomaly_map").data[0, 0]
+        mask = request.get_tensor("pred_mask").data[0, 0]
+        regions = json.dumps([region._asdict() for region in find_regions(found, mask, self._regions, size)])
+        anomaly_map = _png(found) if self.settings.maps else None
         anomalous = bool(request.get_tensor("pred_label").data.flat[0])
         p_value = None if self._reference is None else float(p_values(score, self._reference))
-        return Row(path, score, anomalous, p_value, anomaly_map=anomaly_map)
+        height, width = size
+        return Row(path, score, anomalous, p_value, None, width, height, regions, anomaly_map)
 
     def close(self) -> None:
         """End the threads."""

@@ -23,10 +23,12 @@ from cflow_plugin.commands.watch.sources import CameraLostError, open_source
 from cflow_plugin.commands.watch.timeline import Smoother, Truth, frame_auroc, read_truth
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.decisions.region_files import RegionFiles
+from cflow_plugin.decisions.regions import Region, draw_regions, find_regions
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
-from cflow_plugin.images.reading import ImageFileError
+from cflow_plugin.images.reading import ImageFileError, in_8_bits
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,10 @@ def watch(
 
     Each score goes to ``scores.csv`` in the output folder as soon as it is there (with its conformal p-value, where the
     model was trained with a false-alarm rate), and pictures with the anomaly map over the image beside it: in
-    ``overlays`` one for each image of a folder, or ``overlay.avi`` for a video or camera. An earlier run's table and
-    video are kept under the time at which it ended. At the end ``score_over_time.png`` shows all scores, and with
+    ``overlays`` one for each image of a folder, or ``overlay.avi`` for a video or camera. Anomalous regions are drawn
+    into these and go to ``regions.jsonl``, a line for each image, and at the end to ``regions.csv`` and
+    ``regions.coco.json``. An earlier run's table, regions and video are kept under the time at which it
+    ended. At the end ``score_over_time.png`` shows all scores, and with
     ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
 
     Args:
@@ -90,7 +94,7 @@ def watch(
     output.mkdir(parents=True, exist_ok=True)
     for name in (_PLOT, _METRICS):  # an earlier run's, which would be taken for this one's
         (output / name).unlink(missing_ok=True)
-    for name in (_TABLE, _FILM):
+    for name in (_TABLE, _FILM, "regions.jsonl", "regions.csv", "regions.coco.json"):
         _set_aside(output / name)
     unscored: list[str] = []
     lost: CameraLostError | None = None
@@ -101,6 +105,8 @@ def watch(
         table = csv.writer(file)
         columns = ["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"]
         table.writerow([*columns, *(["p_value"] if good is not None else [])])
+        files = RegionFiles(output)
+        stack.callback(files.close)
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("Watching", total=min(total, limit) if total and limit else total or limit)
         film: cv2.VideoWriter | None = None
@@ -124,8 +130,12 @@ def watch(
                 smoothed = smoother(moment, score)
                 if threshold is None and smoothing == 0:
                     anomalous = bool(result["pred_label"][0])
+                    mask = result["pred_mask"][0, 0]
                 else:
                     anomalous = smoothed > (_ANOMALIB_THRESHOLD if threshold is None else threshold)
+                    mask = (result["anomaly_map"][0, 0] > _ANOMALIB_THRESHOLD) & anomalous
+                regions = find_regions(result["anomaly_map"][0, 0], mask, compiled.regions, frame.shape[:2])
+                files.add(name, frame.shape[:2], regions)
                 history.add(index, moment, score, smoothed)
                 shown = [f"{moment:.3f}", f"{score:.6f}", f"{smoothed:.6f}", int(anomalous), f"{1000 * spent:.2f}"]
                 p_value = [] if good is None else [f"{p_values(score, good):.6f}"]
@@ -134,9 +144,8 @@ def watch(
                 progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):
                     continue
-                picture = _overlay(
-                    _in_8_bits(frame, compiled.bits), result["anomaly_map"][0, 0], smoothed, anomalous, speed
-                )
+                picture = _overlay(in_8_bits(frame, compiled.bits), result["anomaly_map"][0, 0], regions)
+                _head(picture, smoothed, anomalous, speed)
                 if overlays and is_film:
                     if film is None:
                         film = cv2.VideoWriter(
@@ -227,15 +236,18 @@ def _write(path: Path, picture: np.ndarray) -> None:
     path.write_bytes(data.tobytes())  # unlike NumPy's own writer it says when the disk is full
 
 
-def _in_8_bits(frame: np.ndarray, bits: int) -> np.ndarray:
-    return frame if bits == 8 else (frame >> (bits - 8)).astype(np.uint8)
-
-
-def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, score: float, anomalous: bool, rate: float) -> np.ndarray:
-    """The image under its anomaly map, with score and frame rate, as bytes, blue first."""
+def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
+    """The image under its anomaly map, with its regions, as bytes, blue first."""
     size = frame.shape[1::-1]
     heat = cv2.resize((255 * np.clip(anomaly_map, 0, 1)).astype(np.uint8), size)
     picture = cv2.addWeighted(frame, 0.6, cv2.applyColorMap(heat, cv2.COLORMAP_JET), 0.4, 0)
+    draw_regions(picture, regions)
+    return picture
+
+
+def _head(picture: np.ndarray, score: float, anomalous: bool, rate: float) -> None:
+    """Write decision, score and frame rate over a picture."""
+    size = picture.shape[1::-1]
     height = max(14, size[1] // 16)
     text = f"{'ANOMALY' if anomalous else 'good'} {score:.3f}  {rate:.0f} fps"
     scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height // 2)
@@ -243,7 +255,6 @@ def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, score: float, anomalous
     cv2.putText(
         picture, text, (4, int(0.75 * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA
     )
-    return picture
 
 
 def _shown(picture: np.ndarray) -> bool:
