@@ -3,11 +3,9 @@
 __all__ = ["ConformalPostProcessor", "post_processing"]
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
@@ -15,7 +13,8 @@ from lightning import LightningModule, Trainer
 
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.decisions.conformal import check_enough, images_needed, p_values, threshold_rank
-from cflow_plugin.decisions.regions import Region, RegionSettings, find_regions, region_level, shown_mask
+from cflow_plugin.decisions.region_finding import FindsRegions
+from cflow_plugin.decisions.regions import RegionSettings
 from cflow_plugin.errors import CflowError
 from cflow_plugin.modules import FullPrecision, take_shapes_from_checkpoints
 
@@ -26,7 +25,7 @@ _REGIONS = "regions"
 _REFERENCE = ("reference_scores", "reference_maxima")
 
 
-class ConformalPostProcessor(FullPrecision, PostProcessor):
+class ConformalPostProcessor(FindsRegions, FullPrecision, PostProcessor):
     """Decisions whose false-alarm rate on normal images is chosen beforehand.
 
     Without ``target_false_alarm_rate`` this is anomalib's post-processor: thresholds that maximise F1 on the validation
@@ -249,44 +248,6 @@ class ConformalPostProcessor(FullPrecision, PostProcessor):
         """Which regions are shown, and by which levels they have p-values."""
         known = self.is_conformal and self.is_calibrated
         return replace(self._regions, levels=self.normalized_reference_maxima.tolist() if known else ())
-
-    def levels(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        """The highest level at which each map has a region that would be shown.
-
-        Args:
-            anomaly_map: Maps, normalised or not, ``(B, 1, H, W)``.
-
-        Returns:
-            ``(B,)``; without a smallest region the maps' highest values.
-        """
-        if self._regions.smallest == 1:
-            return anomaly_map.flatten(1).amax(1)
-        maps = anomaly_map.detach().flatten(0, -3).cpu().numpy()
-        return anomaly_map.new_tensor([region_level(one, self._regions.smallest) for one in maps])
-
-    def find_regions(
-        self, anomaly_map: torch.Tensor, pred_mask: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None
-    ) -> list[list[Region]]:
-        """The regions of each image, see :func:`~cflow_plugin.decisions.regions.find_regions`.
-
-        Args:
-            anomaly_map: Maps as predicted (normalised), ``(B, 1, H, W)`` or ``(B, H, W)``.
-            pred_mask: Masks as predicted, shaped as the maps.
-            sizes: Height and width of each picture, if these are not the maps'.
-        """
-        settings, shape = self.region_settings, anomaly_map.shape[-2:]
-        maps, masks = (part.detach().reshape(-1, *shape).cpu().numpy() for part in (anomaly_map, pred_mask))
-        each = zip(maps, masks, sizes or [None] * len(maps), strict=True)
-        return [find_regions(one, mask, settings, size) for one, mask, size in each]
-
-    def _shown(self, anomaly_map: torch.Tensor | None, pred_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Masks without the regions that are not shown."""
-        if anomaly_map is None or pred_mask is None or (self._regions.smallest == 1 and self._regions.most is None):
-            return pred_mask
-        shape = pred_mask.shape
-        maps, masks = (part.detach().reshape(-1, *shape[-2:]).cpu().numpy() for part in (anomaly_map, pred_mask))
-        shown = [shown_mask(one, mask, self._regions) for one, mask in zip(maps, masks, strict=True)]
-        return torch.from_numpy(np.stack(shown)).to(pred_mask).reshape(shape)
 
     # What anomalib calls
 

@@ -1,6 +1,6 @@
 """From an anomaly map and its mask to regions: where, how large, how sure."""
 
-__all__ = ["Region", "RegionSettings", "draw_regions", "find_regions", "region_level", "shown_mask"]
+__all__ = ["Region", "RegionSettings", "draw_regions", "find_regions", "outlines_of", "region_level", "shown_mask"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.errors import CflowError
 
+_EDGE = (255, 255, 0)
 _COLOUR = (255, 0, 255)  # seldom in a picture, and not in its heat map
 
 
@@ -26,6 +27,7 @@ class RegionSettings:
         mm_per_pixel: Length of a picture's pixel in millimetres, where areas are wanted in mm².
         levels: For each reference image the highest level at which its map has such a region, see
             :func:`region_level`; without them regions have no p-value.
+        outlines: Edges of what is looked at, where that is not all, as corners in shares of width and height.
 
     Raises:
         CflowError: If a setting is out of range.
@@ -35,6 +37,7 @@ class RegionSettings:
     most: int | None = None
     mm_per_pixel: float | None = None
     levels: Sequence[float] = ()
+    outlines: Sequence[Sequence[Sequence[float]]] = ()
 
     def __post_init__(self) -> None:
         for name, value in (("smallest_region", self.smallest), ("most_regions", self.most)):
@@ -178,12 +181,25 @@ def region_level(anomaly_map: NDArray[Any], smallest: int = 1) -> float:
     return float(values[low])
 
 
-def draw_regions(picture: NDArray[Any], regions: Sequence[Region]) -> None:
-    """Draw boxes and contours into a picture, with the area beside each.
+def outlines_of(interest: NDArray[Any]) -> list[list[list[float]]]:
+    """The edges of what is looked at, for :class:`RegionSettings`.
+
+    Args:
+        interest: ``(H, W)`` bool.
+    """
+    if interest.all():
+        return []
+    contours, _ = cv2.findContours(interest.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    return [((contour[:, 0] + 0.5) / interest.shape[::-1]).round(4).tolist() for contour in contours]
+
+
+def draw_regions(picture: NDArray[Any], regions: Sequence[Region], settings: RegionSettings = RegionSettings()) -> None:
+    """Draw boxes and contours into a picture, with the area beside each, and the edges of what is looked at.
 
     Args:
         picture: ``(H, W, 3)`` bytes, of the size that the regions were found for; it is changed.
         regions: The regions.
+        settings: Has the edges.
     """
     width = max(1, min(picture.shape[:2]) // 400)
     for region in regions:
@@ -200,3 +216,6 @@ def draw_regions(picture: NDArray[Any], regions: Sequence[Region]) -> None:
         scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, max(8, min(picture.shape[:2]) // 50))
         place = corner[0], max(12 * width, corner[1] - margin)
         cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, _COLOUR, width, cv2.LINE_AA)
+    for outline in settings.outlines:
+        corners = np.rint(np.array(outline) * picture.shape[1::-1] - 0.5).astype(np.int32)
+        cv2.polylines(picture, [corners], isClosed=True, color=_EDGE, thickness=width)

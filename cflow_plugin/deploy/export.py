@@ -3,6 +3,7 @@
 __all__ = ["FoldedExport"]
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
 from cflow_plugin.decisions.region_files import REGIONS_KEY, note_of
+from cflow_plugin.decisions.regions import outlines_of
 from cflow_plugin.deploy.fingerprint import FINGERPRINT, RELEASE, fingerprint_of
 from cflow_plugin.deploy.graph import (
     InferenceGraph,
@@ -210,7 +212,8 @@ class FoldedExport(_Base):
         notes = {BITS: str(self._bits()), ENCODER_KEY: json.dumps(about), RELEASE: __version__}
         if isinstance(post_processor, ConformalPostProcessor):
             notes[DECISIONS_KEY] = post_processor.describe()
-            notes[REGIONS_KEY] = note_of(post_processor.region_settings)
+            edges = outlines_of(self.model.scoring.interest.cpu().numpy())
+            notes[REGIONS_KEY] = note_of(replace(post_processor.region_settings, outlines=edges))
             if post_processor.is_calibrated:
                 notes[KEY] = json.dumps(post_processor.normalized_reference_scores.tolist())
                 fingerprint["rate"] = post_processor.rate

@@ -213,13 +213,13 @@ def fix_batch(model: ov.Model, batch: int | None) -> None:
 
 def _keep_positions_in_parts(converted: ov.Model, model: FoldedModel) -> None:
     """Undo the converter's adding up of each position's row and column part: in parts the file is far smaller."""
-    wanted = [block for flow in model.flows for block in flow.blocks if block.rows.any()]
+    wanted = [block for flow in model.flows for block in flow.blocks if block.rows.any() and block.position is not None]
     by_shape: dict[tuple[int, ...], list[ov.Node]] = {}
     for node in converted.get_ops():
         if node.get_type_name() == "Constant":
             by_shape.setdefault(tuple(size for size in node.shape if size != 1), []).append(node)
     for block in wanted:
-        position = block.position.numpy()
+        position = cast("torch.Tensor", block.position).numpy()
         for node in by_shape.get(position.shape, []):
             if np.allclose(np.asarray(node.data).reshape(position.shape), position, atol=1e-6):
                 parts = operations.add(

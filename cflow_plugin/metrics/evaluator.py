@@ -5,13 +5,15 @@ __all__ = ["CflowEvaluator", "write_metrics"]
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
 from lightning import LightningModule, Trainer
 from torchmetrics import Metric
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from cflow_plugin.files import atomic_file
 from cflow_plugin.metrics import AUPRO, AUROC
@@ -26,9 +28,12 @@ class CflowEvaluator(Evaluator):
 
     Without masks there are no pixel metrics. A curve of true against false positives needs anomalous and normal
     examples, so without defects (or without good images) there is no AUROC.
+
+    Args:
+        inside_only: Leave pixels outside of the model's region of interest out of the metrics of pixels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inside_only: bool = False) -> None:
         super().__init__(
             test_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_", strict=False),
@@ -40,6 +45,7 @@ class CflowEvaluator(Evaluator):
         )
         self._seen: dict[str, set[bool]] = {"gt_label": set(), "gt_mask": set()}
         self._own: InferenceBatch | None = None
+        self._inside_only = inside_only
 
     def take_scores(self, scores: InferenceBatch) -> None:
         """Take the scores and maps of the next batch, as the model gives them.
@@ -63,10 +69,20 @@ class CflowEvaluator(Evaluator):
             truth = getattr(batch, field, None)
             if truth is not None:
                 values.update({bool(truth.min()), bool(truth.max())})
+        if self._inside_only and batch.gt_mask is not None:
+            batch = self._inside(batch, cast("Any", pl_module.model).scoring.interest)
         own, self._own = self._own, None
         if own is not None:
             batch = batch.update(in_place=False, pred_score=own.pred_score, anomaly_map=own.anomaly_map)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+
+    def _inside(self, batch: Batch, interest: torch.Tensor) -> Batch:
+        masks = cast("torch.Tensor", batch.gt_mask)
+        inside = resize(interest[None], list(masks.shape[-2:]), InterpolationMode.NEAREST_EXACT)[0]
+        for metric in self.test_metrics:
+            if isinstance(metric, AUROC | AUPRO) and metric.fields[1] == "gt_mask":
+                metric.inside = inside.cpu().numpy()
+        return batch.update(in_place=False, gt_mask=masks & inside)  # nothing outside is found, so F1 needs no more
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Log the metrics that can be computed."""

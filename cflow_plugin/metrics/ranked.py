@@ -61,6 +61,8 @@ class _RankedArea(Metric):
     is_differentiable = False
     higher_is_better = True
     fpr_limit = 1.0
+    inside: np.ndarray | None = None
+    """Which pixels count, ``(H, W)`` bool; all of them where it is ``None``."""
 
     negatives: list[torch.Tensor]
     positives: list[torch.Tensor]
@@ -106,15 +108,17 @@ class _RankedArea(Metric):
             raise CflowError(
                 "Scores that are not numbers (NaN) cannot be ranked. Check the weights and the test images."
             )
+        counted = None if self.inside is None else np.broadcast_to(self.inside, anomalous.shape)
+        if counted is not None:
+            anomalous = anomalous & counted
         where, scores = anomalous.ravel(), scores.ravel()
         if where.any():
             self.positives.append(torch.from_numpy(scores[where]))
             weights = self._weigh(anomalous)
             if weights is not None:
                 self.weights.append(torch.from_numpy(weights))
-            scores = scores[~where]
-        else:
-            scores = scores.copy()  # the map may be changed in place later on
+        # A copy in any case: the map may be changed in place later on.
+        scores = scores[~where if counted is None else counted.ravel() & ~where]
         if scores.size:
             self.negatives.append(torch.from_numpy(scores))
         kept = sum(len(part) for name in ("negatives", "positives") for part in self._parts(name))

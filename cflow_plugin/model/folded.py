@@ -20,7 +20,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.model.position import positional_encoding_2d
-from cflow_plugin.model.scoring import AnomalyScoring
+from cflow_plugin.model.scoring import AnomalyScoring, cells_inside
+from cflow_plugin.model.tiles import Span, Tiles
 from cflow_plugin.model.whole import WholeImage
 from cflow_plugin.modules import ModuleListOf, as_on, in_double
 
@@ -40,6 +41,7 @@ class FoldedModel(nn.Module):
         scoring: The calibrated scoring.
         whole: What an image says as a whole; it is copied.
         size: Height and width of the images.
+        tiles: How large images are cut.
     """
 
     @torch.no_grad()
@@ -50,40 +52,77 @@ class FoldedModel(nn.Module):
         scoring: AnomalyScoring,
         whole: WholeImage,
         size: tuple[int, int],
+        tiles: Tiles | None = None,
     ) -> None:
         super().__init__()
         like = next(chain(encoder.parameters(), encoder.buffers()))
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         encoder = encoder if like.dtype == self.dtype else deepcopy(encoder).to(self.dtype)
+        self.tiles = tiles
+        image_size = size
+        if tiles is not None:
+            size = (tiles.rows[0].last, tiles.columns[0].last)
         images = torch.linspace(-1, 1, 3 * size[0] * size[1], dtype=self.dtype, device=like.device).view(1, 3, *size)
         self.encoder = _fold_batch_norm(encoder, images)
-        pyramid = self.encoder(images)
-        sizes = [(features.shape[-2], features.shape[-1]) for features in pyramid]
+        sizes = [(features.shape[-2], features.shape[-1]) for features in self.encoder(images)]
+        self.strides = [round(size[1] / width) for _, width in sizes]
+        if tiles is not None:
+            sizes = [(-(-image_size[0] // stride), -(-image_size[1] // stride)) for stride in self.strides]
         self.flows = ModuleListOf[FoldedFlow](
-            FoldedFlow(in_full_precision(decoder), *map_size) for decoder, map_size in zip(decoders, sizes, strict=True)
+            FoldedFlow(in_full_precision(decoder), *map_size, in_parts=tiles is not None)
+            for decoder, map_size in zip(decoders, sizes, strict=True)
         )
         # Asked once: a look at a tensor makes a GPU wait, and cannot be part of a compiled graph.
         self.is_calibrated = scoring.is_calibrated
-        self.scoring = scoring.folded(sizes, size)
+        self.scoring = scoring.folded(sizes, image_size)
         self.whole = deepcopy(whole).to(self.dtype) if whole.is_fitted else None
+        for scale, map_size in enumerate(sizes):  # what a cell counts in a mean over the image
+            cells = cells_inside(scoring.interest, map_size)
+            share = None if tiles is None and cells.all() else (cells / cells.sum()).to(self.dtype)
+            self.register_buffer(f"share_{scale}", share)
         self.eval()
 
     def log_likelihoods(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Compute what :meth:`CflowModel.log_likelihoods` computes."""
-        return self._log_likelihoods(self._features(images))
+        return self._run(images)[0]
 
-    def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return self.encoder(images if images.dtype == self.dtype else images.to(self.dtype))
+    def _run(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Log-likelihoods ``(B, H_k, W_k)``, and of each scale what has its mean over what is looked at."""
+        if images.dtype != self.dtype:
+            images = images.to(self.dtype)
+        if self.tiles is None:
+            pyramid = self.encoder(images)
+            found = [flow(features) for flow, features in zip(self.flows, pyramid, strict=True)]
+            return found, [
+                part if share is None else (part * share).sum((2, 3), keepdim=True)
+                for part, share in zip(pyramid, self._shares(), strict=True)
+            ]
+        found = self.tiles(images, self._of_tile)
+        scales = len(self.flows)
+        return found[:scales], [part.sum((2, 3), keepdim=True) for part in found[scales:]]
 
-    def _log_likelihoods(self, pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [flow(features) for flow, features in zip(self.flows, pyramid, strict=True)]
+    def _shares(self) -> list[torch.Tensor | None]:
+        return [getattr(self, f"share_{scale}") for scale in range(len(self.flows))]
+
+    def _of_tile(self, images: torch.Tensor, row: Span, column: Span) -> list[torch.Tensor]:
+        likelihoods, sums = [], []
+        for flow, features, stride, share in zip(
+            self.flows, self.encoder(images), self.strides, self._shares(), strict=True
+        ):
+            part = features[..., row.cells(stride), column.cells(stride)]
+            top, left, height, width = row.start // stride, column.start // stride, *part.shape[-2:]
+            likelihoods.append(flow(part, (top, left)))
+            if share is not None:
+                part = part * share[top : top + height, left : left + width]
+            sums.append(part.sum((2, 3), keepdim=True))
+        return [*likelihoods, *sums]
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Compute what :meth:`CflowModel.forward` computes."""
-        pyramid = self._features(images)
-        anomaly_map, score = self.scoring(self._log_likelihoods(pyramid))
+        likelihoods, means = self._run(images)
+        anomaly_map, score = self.scoring(likelihoods)
         if self.whole is not None:
-            score = self.whole(pyramid, score)
+            score = self.whole(means, score)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 
@@ -122,10 +161,11 @@ class FoldedFlow(nn.Module):
         flow: The decoder; it is copied, not referred to.
         height: Rows of the feature map.
         width: Columns of the feature map.
+        in_parts: It will be given parts of the feature map; what is constant of each position is not kept.
     """
 
     @torch.no_grad()
-    def __init__(self, flow: ConditionalFlow, height: int, width: int) -> None:
+    def __init__(self, flow: ConditionalFlow, height: int, width: int, in_parts: bool = False) -> None:
         super().__init__()
         whitening, blocks = flow.whitening, flow.blocks
         # All constants are computed in float64 and rounded once.
@@ -151,7 +191,7 @@ class FoldedFlow(nn.Module):
                     0, _Rotation(_linear(rotation * scale, rotation @ shift + offset, like), block.passive)
                 )
                 gain, offset = torch.ones_like(gain), torch.zeros_like(offset)
-            folded.insert(0, _FoldedBlock(block, gain, offset, height, width))
+            folded.insert(0, _FoldedBlock(block, gain, offset, height, width, in_parts))
             offset = torch.cat([offset[: block.passive], torch.zeros_like(offset[block.passive :])])
         self.dimensions = len(like)
         weight = in_double(whitening.matrix).clone()
@@ -168,11 +208,12 @@ class FoldedFlow(nn.Module):
         self.exchanges = nn.ModuleList(exchanges)
         self.constant = float(log_det) / self.dimensions - 0.5 * math.log(2 * math.pi)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, place: tuple[int, int] | None = None) -> torch.Tensor:
         """Compute the log-likelihood per dimension (Eq. 8 divided by D) at each position.
 
         Args:
-            features: ``(B, D, H, W)`` of the size the flow was folded for.
+            features: ``(B, D, H, W)`` of the size the flow was folded for, or a part of them.
+            place: Row and column at which the part begins.
 
         Returns:
             Nats per dimension, ``(B, H, W)``.
@@ -183,7 +224,7 @@ class FoldedFlow(nn.Module):
         second = self.whitening_second(vectors)
         total = torch.empty(0)
         for index, block in enumerate(self.blocks):
-            log_scale, second = block(first, second)
+            log_scale, second = block(first, second, None if place is None else (*place, *size))
             total = total.add_(log_scale) if index else log_scale.clone()
             if index < len(self.exchanges):
                 first, second = self.exchanges[index](first, second)
@@ -200,7 +241,9 @@ class FoldedFlow(nn.Module):
 class _FoldedBlock(nn.Module):
     """A coupling block on the folded flow's own coordinates."""
 
-    def __init__(self, block: CouplingBlock, gain: torch.Tensor, offset: torch.Tensor, height: int, width: int) -> None:
+    def __init__(
+        self, block: CouplingBlock, gain: torch.Tensor, offset: torch.Tensor, height: int, width: int, in_parts: bool
+    ) -> None:
         super().__init__()
         like = block.global_scale
         self.passive, self.active, self.clamp = block.passive, block.active, block.clamp
@@ -220,19 +263,30 @@ class _FoldedBlock(nn.Module):
             rows = rows + condition[:, :1, half:] @ from_rows.T
         self.rows: torch.Tensor
         self.columns: torch.Tensor
-        self.position: torch.Tensor
+        self.position: torch.Tensor | None
         self.register_buffer("rows", as_on(rows, like))
         self.register_buffer("columns", as_on(columns, like).contiguous())
-        self.register_buffer("position", as_on((rows + columns).flatten(0, 1), like))
+        self.register_buffer("position", None if in_parts else as_on((rows + columns).flatten(0, 1), like))
         weight, bias = 0.1 * in_double(second.weight), 0.1 * in_double(second.bias)
         weight[self.active :] *= gain[self.passive :, None]
         bias[self.active :] = bias[self.active :] * gain[self.passive :] + offset[self.passive :]
         self.second = _linear(weight, bias, like)
 
-    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, first: torch.Tensor, second: torch.Tensor, part: tuple[int, int, int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform the active half; return its log-scale and itself, both ``(B, P, active)``."""
-        # A file keeps the two parts, which are small; whatever runs it adds them up when it loads the file.
-        position = (self.rows + self.columns).flatten(0, 1) if torch.compiler.is_exporting() else self.position
+        position = self.position
+        if part is not None:
+            top, left, height, width = part
+            rows = self.rows[top : top + height]
+            if torch.compiler.is_exporting():
+                # What is 0 of the input, lest a runtime add up beforehand, for all tiles, what takes a gigabyte.
+                rows = rows + 0 * first[:1, :1, :1]
+            position = (rows + self.columns[:, left : left + width]).flatten(0, 1)
+        elif position is None or torch.compiler.is_exporting():
+            # A file keeps the two parts, which are small; whatever runs it adds them up when it loads the file.
+            position = (self.rows + self.columns).flatten(0, 1)
         hidden = self.first(first).add_(position).relu_()
         log_scale, shift = self.second(hidden).split(self.active, dim=-1)
         log_scale = torch.tanh(log_scale).mul_(self.clamp)

@@ -1,11 +1,11 @@
 """From log-likelihoods to an anomaly map and an image score (end of section 4.2)."""
 
-__all__ = ["Aggregation", "AnomalyScoring", "FoldedScoring"]
+__all__ = ["Aggregation", "AnomalyScoring", "FoldedScoring", "cells_inside", "means_inside"]
 
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ class AnomalyScoring(FullPrecision):
             included.
         aggregation: How the scales make one map.
 
+    Attributes:
+        interest: Which pixels are looked at, ``(H, W)``; ``(1, 1)`` for all. The others are 0 in the map, and no part
+            of the image score.
+        score_area: The fraction that makes the image score is of so many pixels at most; ``None`` for all there are.
+
     Raises:
         CflowError: If a setting is out of range.
     """
@@ -97,6 +102,7 @@ class AnomalyScoring(FullPrecision):
         self.top_fraction = top_fraction
         self.position_correction = position_correction
         self.aggregation: Aggregation = aggregation
+        self.score_area: int | None = None
         self.log_maximum: torch.Tensor
         self.temperature: torch.Tensor
         self.register_buffer("log_maximum", torch.full((scales,), float("nan")))
@@ -104,6 +110,9 @@ class AnomalyScoring(FullPrecision):
         for scale in range(scales):
             # Of the map's size once it is known; one cell stands for every size.
             self.register_buffer(f"correction_{scale}", torch.zeros(1, 1))
+        self.interest: torch.Tensor
+        self.register_buffer("interest", torch.ones(1, 1, dtype=torch.bool))
+        self.register_load_state_dict_pre_hook(_look_at_all)
         take_shapes_from_checkpoints(self)
 
     @property
@@ -197,6 +206,19 @@ class FoldedScoring(nn.Module):
             self.register_buffer(f"rows_{scale}", rows.to(normalizer))
             columns = _upsampling_matrix(width, size[1], scoring.sigma).T
             self.register_buffer(f"columns_{scale}", columns.to(normalizer).contiguous())
+            # Cells that are not looked at have the value of the nearest that is: none of their own reaches the map.
+            cells = cells_inside(scoring.interest, (height, width))
+            self.register_buffer(
+                f"source_{scale}", None if cells.all() else _nearest(cells)[0] * width + _nearest(cells)[1]
+            )
+        inside = functional.interpolate(scoring.interest[None, None].float(), size)[0, 0]
+        self.inside: torch.Tensor | None
+        self.register_buffer("inside", None if inside.all() else inside)
+        # Of a small region every pixel counts.
+        self.stride = _SCORE_STRIDE if inside[::_SCORE_STRIDE, ::_SCORE_STRIDE].sum() >= _SCORE_STRIDE**2 else 1
+        self.pixels = int(inside[:: self.stride, :: self.stride].sum())
+        if scoring.score_area is not None:
+            self.pixels = min(self.pixels, scoring.score_area // self.stride**2)
         self.is_product = scoring.aggregation == "surprise"
         self.top_fraction = scoring.top_fraction
 
@@ -210,18 +232,23 @@ class FoldedScoring(nn.Module):
             if values.dtype != normalizer.dtype:
                 values = values.to(normalizer.dtype)
             surprise = 1 - torch.exp((values - normalizer) / temperature).clamp(max=1)
+            source = getattr(self, f"source_{scale}")
+            if source is not None:
+                surprise = surprise.flatten(1)[:, source.flatten()].unflatten(1, source.shape)
             upsampled = rows @ surprise @ columns
             maps.append(weight * (upsampled.clamp_min(_LEAST).log() if self.is_product else upsampled))
         anomaly_map = reduce(torch.add, maps)
         if self.is_product:
             anomaly_map = ((anomaly_map.exp() - _LEAST) / (1 - _LEAST)).clamp_min(0)  # of what rounding makes negative
+        if self.inside is not None:
+            anomaly_map = anomaly_map * self.inside
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         if not self.top_fraction:
             return anomaly_map.flatten(1).amax(1)
-        values = anomaly_map[:, ::_SCORE_STRIDE, ::_SCORE_STRIDE].flatten(1)
-        return values.topk(max(1, round(self.top_fraction * values.shape[1])), dim=1).values.mean(1)
+        values = anomaly_map[:, :: self.stride, :: self.stride].flatten(1)
+        return values.topk(max(1, round(self.top_fraction * self.pixels)), dim=1).values.mean(1)
 
 
 def _upsampling_matrix(cells: int, pixels: int, sigma: float) -> torch.Tensor:
@@ -266,9 +293,47 @@ def _border_correction(mean: torch.Tensor) -> torch.Tensor:
 
 def _fill(mean: torch.Tensor) -> torch.Tensor:
     """Give positions without a value that of the nearest one with a value."""
-    missing = torch.isnan(mean).cpu().numpy()
-    if not missing.any():
+    known = ~torch.isnan(mean)
+    if known.all():
         return mean
-    nearest = np.asarray(distance_transform_edt(missing, return_distances=False, return_indices=True))
-    rows, columns = torch.from_numpy(nearest).long()
+    rows, columns = _nearest(known)
     return mean[rows, columns]
+
+
+def _nearest(known: torch.Tensor) -> torch.Tensor:
+    """Row and column of the nearest cell that is known, ``(2, H, W)``."""
+    found = distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
+    return torch.from_numpy(np.asarray(found)).long().to(known.device)
+
+
+def cells_inside(interest: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Which cells of a feature map are looked at: those with half of them in the region of interest, or else any part.
+
+    Args:
+        interest: ``(H, W)`` bool.
+        size: Rows and columns of the feature map.
+    """
+    share = functional.adaptive_avg_pool2d(interest[None, None].float(), size)[0, 0]
+    cells = share >= 0.5
+    return cells if cells.any() else share > 0
+
+
+def means_inside(pyramid: Sequence[torch.Tensor], cells: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What has the mean of each scale's features over what is looked at.
+
+    Args:
+        pyramid: For each scale ``(B, D_k, H_k, W_k)``.
+        cells: For each scale ``(H_k, W_k)`` bool.
+
+    Returns:
+        For each scale the features, or where not all is looked at ``(B, D_k, 1, 1)``.
+    """
+    return [
+        part if inside.all() else (part * (inside / inside.sum()).to(part)).sum((2, 3), keepdim=True)
+        for part, inside in zip(pyramid, cells, strict=True)
+    ]
+
+
+def _look_at_all(scoring: AnomalyScoring, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A checkpoint of an older release has no region of interest."""
+    state_dict.setdefault(f"{prefix}interest", torch.ones(1, 1, dtype=torch.bool, device=scoring.interest.device))

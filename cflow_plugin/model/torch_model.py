@@ -14,7 +14,8 @@ from cflow_plugin.model.encoder import Encoder, Padding
 from cflow_plugin.model.flow import ConditionalFlow, Permutation
 from cflow_plugin.model.folded import FoldedModel
 from cflow_plugin.model.position import positional_encoding_2d
-from cflow_plugin.model.scoring import Aggregation, AnomalyScoring
+from cflow_plugin.model.scoring import Aggregation, AnomalyScoring, cells_inside, means_inside
+from cflow_plugin.model.tiles import Span, Tiles, measure
 from cflow_plugin.model.whole import WholeImage
 from cflow_plugin.modules import ModuleListOf
 
@@ -39,6 +40,8 @@ class CflowModel(nn.Module):
         image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
         flow_dimensions: How many dimensions of a vector the coupling blocks take at most; ``None`` takes all. See
             :class:`~cflow_plugin.model.flow.Whitening`.
+        tile_size: Larger images are seen in tiles of at most so many pixels in height and width. The image score is
+            then read on as many pixels as in an image of 256×256, whatever the size.
 
     Raises:
         CflowError: If a setting is out of range, or the encoder cannot be built.
@@ -61,19 +64,30 @@ class CflowModel(nn.Module):
         whole_image: float = 0.5,
         image_size: Sequence[int] | None = None,
         flow_dimensions: int | None = None,
+        tile_size: int | None = None,
     ) -> None:
         super().__init__()
         if flow_dimensions is not None and flow_dimensions < 2:
             msg = f"flow_dimensions must be at least 2, or null for all, got {flow_dimensions}."
             raise CflowError(msg)
         self.condition_dims = condition_dims
-        self.encoder = Encoder(backbone, layers, neighbourhood, padding, image_size)
+        self.tile_size = tile_size
+        in_tiles = tile_size is not None and image_size is not None
+        # It is never given more than a tile with its margins.
+        self.encoder = Encoder(backbone, layers, neighbourhood, padding, (256, 256) if in_tiles else image_size)
+        if tile_size is not None and image_size is not None:
+            self._margin, self._strides = measure(self.encoder)
+            self.encoder.image_size = (image_size[0], image_size[1])
+            if tile_size < self._margin:
+                msg = f"tile_size must be at least {self._margin} pixels for {backbone!r}, got {tile_size}."
+                raise CflowError(msg)
         self.decoders = ModuleListOf[ConditionalFlow](
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation, flow_dimensions)
             for channels in self.encoder.channels
         )
         self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction, aggregation)
         self.whole = WholeImage(sum(self.encoder.channels), whole_image)
+        self.scoring.score_area = None if tile_size is None else 256 * 256
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
         self._folded: dict[tuple[int, int], FoldedModel] = {}
         self.register_load_state_dict_post_hook(_drop_folded)
@@ -121,9 +135,36 @@ class CflowModel(nn.Module):
         """
         found = self._folded.get(size)
         if found is None:
-            found = FoldedModel(self.encoder, self.decoders, self.scoring, self.whole, size)
+            found = FoldedModel(self.encoder, self.decoders, self.scoring, self.whole, size, self._tiles(size))
             self._folded = {size: found}  # one at a time: it is as large as the model
         return found
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The encoder's features, large images' tile by tile.
+
+        Args:
+            images: Normalised images, ``(B, 3, H, W)``.
+
+        Returns:
+            For each scale ``(B, D_k, H_k, W_k)``.
+        """
+        tiles = self._tiles((images.shape[-2], images.shape[-1]))
+        if tiles is None:
+            return self.encoder(images)
+
+        def of_tile(part: torch.Tensor, row: Span, column: Span) -> list[torch.Tensor]:
+            return [
+                features[..., row.cells(stride), column.cells(stride)]
+                for features, stride in zip(self.encoder(part), self._strides, strict=True)
+            ]
+
+        return tiles(images, of_tile)
+
+    def _tiles(self, size: tuple[int, int]) -> Tiles | None:
+        """How images of a size are cut, ``None`` where they are not."""
+        if self.tile_size is None or max(size) <= self.tile_size:
+            return None
+        return Tiles(size, self.tile_size, self._margin)
 
     def drop_folded(self) -> None:
         """Let the next image fold the model anew."""
@@ -190,7 +231,8 @@ class CflowModel(nn.Module):
         pyramid = self.encoder(images)
         anomaly_map, score = self.scoring(self._log_likelihoods(pyramid), (height, width))
         if self.whole.is_fitted:
-            score = self.whole(pyramid, score)
+            cells = [cells_inside(self.scoring.interest, part.shape[-2:]) for part in pyramid]
+            score = self.whole(means_inside(pyramid, cells), score)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 

@@ -35,6 +35,9 @@ CAMERA: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 )
 # Changed images that are looked at: a thousand cells of each say in which directions features move.
 _CHANGED_IMAGES = 32
+_LARGE = 2**20  # pixels, from which so many fewer are enough:
+_CHANGED_LARGE_IMAGES = 8
+_CELLS = 4096
 
 
 @torch.no_grad()
@@ -58,8 +61,9 @@ def feature_changes(
         For each scale ``(N, D_k)``, differences.
     """
     count = images_in(images)
-    chosen = list(range(0, count, math.ceil(count / _CHANGED_IMAGES)))
-    copies = math.ceil(_CHANGED_IMAGES / len(chosen))
+    wanted = _CHANGED_IMAGES if size[0] * size[1] < _LARGE else _CHANGED_LARGE_IMAGES
+    chosen = list(range(0, count, math.ceil(count / wanted)))
+    copies = math.ceil(wanted / len(chosen))
     resize = Resize(size, antialias=True)
     found: list[list[torch.Tensor]] = []
     # The transforms draw from torch's own generator, which training must find as it was.
@@ -71,7 +75,6 @@ def feature_changes(
             for copy in range(copies):
                 changed = CAMERA[(number * copies + copy) % len(CAMERA)](image)
                 after = extract(changed.clamp(0, 1) / gain)
-                found.append(
-                    [(b - a).flatten(2).transpose(1, 2).flatten(0, 1) for a, b in zip(before, after, strict=True)]
-                )
+                differences = [(b - a)[0].flatten(1).T for a, b in zip(before, after, strict=True)]
+                found.append([part[:: math.ceil(len(part) / _CELLS)] for part in differences])
     return [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cflow_plugin.model.scoring import means_inside
 from cflow_plugin.model.whole import WholeImage
 
 # Vectors of one position in several images share their condition, so a step takes a grid of images × positions; with
@@ -62,6 +63,7 @@ class FeatureBank:
         unseen: How many of them are not trained on.
         generator: Source of all choices, on the CPU; the same in each turn.
         turn_of: Given how many vectors of the finest scale are there to train on, tells whose turn it is.
+        cells: For each scale which cells are looked at, ``(H_k, W_k)`` bool; ``None`` for all.
 
     Attributes:
         turn: Whose turn it is.
@@ -74,8 +76,11 @@ class FeatureBank:
         unseen: int,
         generator: torch.Generator,
         turn_of: Callable[[int], int],
+        cells: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.sizes = list(sizes)
+        self._cells = [torch.ones(size, dtype=torch.bool) for size in sizes] if cells is None else cells
+        self._allowed = [part.flatten().nonzero()[:, 0].cpu() for part in self._cells]
         self._expected = images
         self._trained_on = images - unseen
         # In which row each image is kept, in the order of their coming; the last rows are not trained on.
@@ -97,9 +102,9 @@ class FeatureBank:
         if not self._positions:
             total = self._expected * sum(features[0].numel() * features.element_size() for features in pyramid)
             share = min(1.0, _MAXIMUM_BYTES / max(1, total))
-            for height, width in self.sizes:
-                count = max(1, int(share * height * width))
-                order = torch.randperm(height * width, generator=self._generator)
+            for allowed in self._allowed:
+                count = max(1, int(share * len(allowed)))
+                order = allowed[torch.randperm(len(allowed), generator=self._generator)]
                 if not self._positions:
                     self.turn = self._turn_of(self._trained_on * count)
                 self._positions.append(order.roll(-self.turn * count)[:count].sort().values)
@@ -107,7 +112,7 @@ class FeatureBank:
                 features.new_empty(self._expected, len(positions), features.shape[1])
                 for features, positions in zip(pyramid, self._positions, strict=True)
             ]
-        self._means.append(WholeImage.means(pyramid))
+        self._means.append(WholeImage.means(means_inside(pyramid, self._cells)))
         rows = self._rows[self._images : self._images + len(pyramid[0])]
         for kept, features, positions in zip(self._features, pyramid, self._positions, strict=True):
             vectors = features.flatten(2).transpose(1, 2)
@@ -116,9 +121,8 @@ class FeatureBank:
 
     @property
     def share(self) -> float:
-        """Share of the finest scale's positions that is kept."""
-        height, width = self.sizes[0]
-        return len(self._positions[0]) / (height * width)
+        """Share of the finest scale's positions that is kept, of those looked at."""
+        return len(self._positions[0]) / len(self._allowed[0])
 
     @property
     def is_due(self) -> bool:

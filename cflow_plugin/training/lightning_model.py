@@ -2,6 +2,7 @@
 
 __all__ = ["CflowPlugin"]
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -32,13 +33,23 @@ from cflow_plugin.training.best import KeepBest
 from cflow_plugin.training.calibration import Calibration
 from cflow_plugin.training.distributed import ScoreEveryImageOnce, join_processes
 from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
-from cflow_plugin.training.loss import loss_of
+from cflow_plugin.training.interest import set_interest
+from cflow_plugin.training.loss import logged_loss
 from cflow_plugin.training.one_class import OneClassMixin
-from cflow_plugin.training.settings import check_not_negative, check_positive, false_alarm_rate, plan_run
+from cflow_plugin.training.settings import (
+    check_not_negative,
+    check_positive,
+    false_alarm_rate,
+    one_image_at_a_time,
+    plan_run,
+    refuse_tiler,
+)
 from cflow_plugin.training.summary import describe_run
 from cflow_plugin.training.vector_loader import TrainOnVectors, VectorLoader
 
 logger = logging.getLogger(__name__)
+
+_OF_NETWORK = inspect.signature(CflowModel).parameters
 
 
 class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
@@ -54,6 +65,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         pre_trained: Give the encoder trained weights: those of ``weights`` or else timm's; ``false``: no weights.
         weights: Local file or folder with the encoder's weights, for machines without a network.
         image_size: Height and width in pixels that images are resized to; rounded to what the encoder's patches take.
+        tile_size: Let a convolutional encoder see larger images in tiles of at most so many pixels, for bounded memory;
+            see :class:`~cflow_plugin.model.tiles.Tiles`.
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the coupling blocks' log-scales.
@@ -88,6 +101,10 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
             not need more of them. Validation images that are all good, and enough, are taken instead.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
+        region_of_interest: What is looked at in every picture: a mask image's file; ``bright`` or ``dark`` for what is
+            so in the mean training picture; or boxes and polygons, ``[[left, top, right, bottom], …]`` in shares of
+            width and height.
+        ignored_border: Pixels of the map at its edges that are not looked at.
         smallest_region: Pixels of the map that a region has at least to be shown; the thresholds are set for it.
         most_regions: Regions shown of an image, those with the highest peaks; by default all.
         mm_per_pixel: Length of a picture's pixel in millimetres, for areas in mm².
@@ -118,6 +135,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         pre_trained: bool = True,
         weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
+        tile_size: int | None = None,
         condition_dims: int = 128,
         coupling_blocks: int = 8,
         clamp: float = 1.9,
@@ -143,6 +161,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         target_false_alarm_rate: float | Literal["auto"] | None = "auto",
         held_out_share: float = 0.2,
         held_out_images: str | None = None,
+        region_of_interest: str | list[list[float]] | None = None,
+        ignored_border: int = 0,
         smallest_region: int = 1,
         most_regions: int | None = None,
         mm_per_pixel: float | None = None,
@@ -156,23 +176,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         check_positive(learning_rate=learning_rate)
         check_not_negative(noise=noise, unseen_share=unseen_share, camera_variation=camera_variation)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
-        network = CflowModel(
-            backbone=backbone,
-            layers=layers,
-            condition_dims=condition_dims,
-            coupling_blocks=coupling_blocks,
-            clamp=clamp,
-            permutation=permutation,
-            neighbourhood=neighbourhood,
-            padding=padding,
-            sigma=sigma,
-            top_fraction=top_fraction,
-            position_correction=position_correction,
-            aggregation=aggregation,
-            whole_image=whole_image,
-            image_size=image_size,
-            flow_dimensions=flow_dimensions if whiten else None,
-        )
+        flow_dimensions = flow_dimensions if whiten else None
+        network = CflowModel(**{name: value for name, value in locals().items() if name in _OF_NETWORK})
         super().__init__(
             pre_processor=self.pre_processing(pre_processor, network.encoder, bits),
             post_processor=post_processing(post_processor, rate, smallest_region, most_regions, mm_per_pixel),
@@ -180,7 +185,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             visualizer=visualizer,
         )
         size = network.encoder.image_size or image_size  # rounded where that was needed
-        self.hparams.update(image_size=size, flow_dimensions=flow_dimensions if whiten else None)
+        self.hparams.update(image_size=size, flow_dimensions=flow_dimensions)
         self.model: CflowModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.reference = ReferenceImages(held_out_share, held_out_images, may_choose_rate)
         self.progress = resuming.Progress()
@@ -196,17 +201,17 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """A look at the images, vectors in their place, thresholds, and a checkpoint to resume a dead run from."""
+        refuse_tiler(self.trainer)
         checkpoints.keep_last_epoch(self.trainer)
         best = KeepBest(self.calibration, self.progress.pace, lambda: self.progress.seed_of(self.trainer))
         own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), best, self.calibration]
         return [*cast("Sequence[Callback]", super().configure_callbacks()), *own]
 
-    # Before training
-
     def setup(self, stage: str) -> None:
         """Join the other processes, and plan the run."""
         join_processes(self.trainer)
         checkpoints.use_checkpoint_files(self.trainer)
+        one_image_at_a_time(self.trainer, self.model.tile_size)
         if stage == "fit":
             plan_run(self.trainer, self.hparams["epochs"])
 
@@ -227,6 +232,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         """
         seed = self.progress.seed_of(self.trainer)
         begun = self.progress.training_has_begun
+        if not begun:
+            set_interest(self, images)
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
             self.features,
@@ -239,6 +246,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             unseen_share=self.hparams["unseen_share"],
             rank=self.global_rank,
             processes=self.trainer.world_size,
+            interest=self.model.scoring.interest,
+            one_by_one=self.model.tile_size is not None,
         )
         logger.info(describe_run(self, self.model, images_in(loader.images)))
         self.calibration.begin(loader, self.reference.loader, lambda images: self.scored(self.prepared(images)))
@@ -254,8 +263,6 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             self.model.fit_whitening([features.flatten(0, 1) for features in bank.features], changes)
         self.progress.training_has_begun = True
 
-    # Training
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the decoders, with the schedule asked for."""
         settings = {name: self.hparams[name] for name in ("learning_rate", "schedule", "warmup_epochs")}
@@ -268,21 +275,14 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
     def training_step(self, batch: VectorBatch, batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss of one batch, summed over scales."""
         del batch_idx
-        logged = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
-        loss, likelihoods = loss_of(self.model, batch, self.hparams["noise"], self.current_epoch)
-        for name, likelihood in zip(self.model.encoder.layers, likelihoods, strict=True):
-            self.log(f"train_nll_{name}", -likelihood, **logged)
-        self.log("train_loss", loss.detach(), prog_bar=True, **logged)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
-        return loss
+        return logged_loss(self, batch)
 
     def on_fit_end(self) -> None:
         """Leave a model where it is looked for."""
         self.reference.loader = None
         self.progress.continued_from = self.trainer.ckpt_path
         checkpoints.write_missing_checkpoints(self.trainer)
-
-    # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run has to know beside weights."""

@@ -1,8 +1,11 @@
 """The training loss of a batch of feature vectors."""
 
-__all__ = ["loss_of"]
+__all__ = ["logged_loss", "loss_of"]
+
+from typing import cast
 
 import torch
+from anomalib.models.components import AnomalibModule
 from torch.nn import functional
 
 from cflow_plugin.errors import CflowError
@@ -44,3 +47,19 @@ def loss_of(model: CflowModel, batch: VectorBatch, noise: float, epoch: int) -> 
         )
         raise CflowError(msg)
     return loss, likelihoods
+
+
+def logged_loss(module: AnomalibModule, batch: VectorBatch) -> torch.Tensor:
+    """The loss of a batch, written to the log together with each scale's likelihood.
+
+    Args:
+        module: A :class:`~cflow_plugin.CflowPlugin` in training.
+        batch: Vectors at every scale.
+    """
+    model = cast("CflowModel", module.model)
+    logged = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
+    loss, likelihoods = loss_of(model, batch, module.hparams["noise"], module.current_epoch)
+    for name, likelihood in zip(model.encoder.layers, likelihoods, strict=True):
+        module.log(f"train_nll_{name}", -likelihood, **logged)
+    module.log("train_loss", loss.detach(), prog_bar=True, **logged)
+    return loss

@@ -22,6 +22,7 @@ from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
 from cflow_plugin.model.backbones import IMAGENET
 from cflow_plugin.model.encoder import Encoder
+from cflow_plugin.model.torch_model import CflowModel
 from cflow_plugin.training.checkpoints import translate_errors
 from cflow_plugin.training.results import ResultFiles
 
@@ -106,7 +107,8 @@ class OneClassMixin(_Module):
         """
         prepared = self.prepared(images).to(self.dtype)
         with self.trainer.precision_plugin.forward_context():
-            pyramid = cast("Any", self.model).encoder(prepared)
+            model: Any = self.model
+            pyramid = (model.features if isinstance(model, CflowModel) else model.encoder)(prepared)
         return [part.to(self.dtype) for part in pyramid]
 
     def scored(self, images: torch.Tensor | None) -> InferenceBatch:

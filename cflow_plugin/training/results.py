@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.region_files import RegionFiles
-from cflow_plugin.decisions.regions import draw_regions
+from cflow_plugin.decisions.regions import RegionSettings, draw_regions, outlines_of
 from cflow_plugin.images.checking import image_files
 from cflow_plugin.images.loading import data_module_of
 from cflow_plugin.images.reading import in_8_bits, load_pixels, size_of
@@ -165,13 +165,15 @@ class ResultFiles(Callback):
         )
         if batch.anomaly_map is None or batch.pred_mask is None or batch.image_path is None:
             return
+        interest = getattr(getattr(module.model, "scoring", None), "interest", None)
+        edges = [] if interest is None else outlines_of(interest.cpu().numpy())
         sizes = [size_of(path) for path in batch.image_path]
         found = processor.find_regions(batch.anomaly_map, batch.pred_mask, sizes)
         for path, size, regions in zip(batch.image_path, sizes, found, strict=True):
             files.add(str(path), size, regions)
             if regions and self.visualizer is not None:
                 picture = in_8_bits(load_pixels(path), bits)[..., ::-1].copy()
-                draw_regions(picture, regions)
+                draw_regions(picture, regions, RegionSettings(outlines=edges))
                 file = self._folder / "regions" / self._place(str(path)).relative_to(self._folder)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture[..., ::-1]).save(file.with_name(f"{file.name}.jpg"), quality=90)

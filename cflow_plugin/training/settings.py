@@ -1,9 +1,19 @@
 """Settings that are out of range, and the length of a run where the user has not set one."""
 
-__all__ = ["check_not_negative", "check_positive", "false_alarm_rate", "plan_run", "recipe_epochs"]
+__all__ = [
+    "check_not_negative",
+    "check_positive",
+    "false_alarm_rate",
+    "one_image_at_a_time",
+    "plan_run",
+    "recipe_epochs",
+    "refuse_tiler",
+]
 
 import sys
+from typing import Any, cast
 
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
 
@@ -69,6 +79,36 @@ def false_alarm_rate(asked: float | str | None, may_be_kept: bool) -> tuple[floa
         msg = "Give target_false_alarm_rate or a post_processor, not both: ConformalPostProcessor takes the rate."
         raise CflowError(msg)
     return asked, False
+
+
+def refuse_tiler(trainer: Trainer) -> None:
+    """Say what to use instead of anomalib's tiler, which would have every tile learn one place and one threshold.
+
+    Args:
+        trainer: The trainer, with its callbacks.
+
+    Raises:
+        CflowError: If it is switched on.
+    """
+    for callback in cast("Any", trainer).callbacks:
+        if isinstance(callback, TilerConfigurationCallback) and callback.enable:
+            msg = (
+                "CflowPlugin cuts large images into tiles itself: leave anomalib's tiler out, and set "
+                "--model.tile_size 1024 and --model.image_size to the pictures' height and width."
+            )
+            raise CflowError(msg)
+
+
+def one_image_at_a_time(trainer: Trainer, tile_size: int | None) -> None:
+    """Keep no more than one large image in a batch.
+
+    Args:
+        trainer: The trainer, being set up.
+        tile_size: Where there is one, images are large.
+    """
+    data = data_module_of(trainer)
+    if tile_size is not None and data is not None:
+        data.train_batch_size = data.eval_batch_size = 1
 
 
 def recipe_epochs(images: int) -> int:

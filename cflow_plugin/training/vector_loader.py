@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import Compose, Identity, Normalize, Resize, Tran
 
 from cflow_plugin.errors import CflowError
 from cflow_plugin.images.loading import data_module_of, images_in, loader_of
+from cflow_plugin.model.scoring import cells_inside
 from cflow_plugin.training.camera import feature_changes
 from cflow_plugin.training.distributed import share_of_batch
 from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
@@ -80,6 +81,8 @@ class VectorLoader:
         unseen_share: Share of the images that are not trained on, see :func:`unseen_images`.
         rank: Number of this process.
         processes: How many there are; each gets its part of every batch.
+        interest: Which pixels are looked at, ``(H, W)`` bool.
+        one_by_one: Whether images are so large that no two should be in memory.
     """
 
     def __init__(
@@ -96,8 +99,11 @@ class VectorLoader:
         unseen_share: float = 0.0,
         rank: int = 0,
         processes: int = 1,
+        interest: torch.Tensor | None = None,
+        one_by_one: bool = False,
     ) -> None:
-        self.images = images
+        self.images = loader_of(images.dataset, like=images, batch_size=1) if one_by_one else images
+        self._interest = torch.ones(1, 1, dtype=torch.bool) if interest is None else interest
         self.seed = seed
         self.bank: FeatureBank | None = None
         self._extract = extract
@@ -127,7 +133,9 @@ class VectorLoader:
             with torch.random.fork_rng():
                 # Augmentations draw from torch's own generator, whose state a checkpoint does not hold.
                 torch.manual_seed(self.seed + self._epoch())
-                self.bank = fill_bank(self.images, self._extract, self._unseen, generator, self._turn_of)
+                self.bank = fill_bank(
+                    self.images, self._extract, self._unseen, generator, self._turn_of, self._interest
+                )
         self._prepare(self.bank)
         cells = [height * width for height, width in self.bank.sizes]
         vectors = [max(1, self._vectors_per_step * count // cells[0]) for count in cells]
@@ -159,6 +167,7 @@ def fill_bank(
     unseen: int,
     generator: torch.Generator,
     turn_of: Callable[[int], int],
+    interest: torch.Tensor,
 ) -> FeatureBank:
     """Compute the features of all images.
 
@@ -168,6 +177,7 @@ def fill_bank(
         unseen: How many of the images are not to be trained on.
         generator: Chooses them, and positions where memory does not hold all.
         turn_of: See :class:`FeatureBank`.
+        interest: Which pixels are looked at, ``(H, W)`` bool.
 
     Raises:
         CflowError: If there is no image, or a feature is not finite.
@@ -185,7 +195,8 @@ def fill_bank(
             raise CflowError(msg)
         if bank is None:
             sizes = [(part.shape[-2], part.shape[-1]) for part in pyramid]
-            bank = FeatureBank(sizes, count, unseen, generator, turn_of)
+            cells = [cells_inside(interest, size) for size in sizes]
+            bank = FeatureBank(sizes, count, unseen, generator, turn_of, cells)
         bank.add(pyramid)
     if bank is None:
         msg = "There is no training image; check --data.root and --data.category."

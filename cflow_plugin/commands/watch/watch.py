@@ -24,7 +24,7 @@ from cflow_plugin.commands.watch.timeline import Smoother, Truth, frame_auroc, r
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.decisions.region_files import RegionFiles
-from cflow_plugin.decisions.regions import Region, draw_regions, find_regions
+from cflow_plugin.decisions.regions import Region, RegionSettings, draw_regions, find_regions
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
@@ -144,7 +144,9 @@ def watch(
                 progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):
                     continue
-                picture = _overlay(in_8_bits(frame, compiled.bits), result["anomaly_map"][0, 0], regions)
+                picture = _overlay(
+                    in_8_bits(frame, compiled.bits), result["anomaly_map"][0, 0], regions, compiled.regions
+                )
                 _head(picture, smoothed, anomalous, speed)
                 if overlays and is_film:
                     if film is None:
@@ -236,12 +238,14 @@ def _write(path: Path, picture: np.ndarray) -> None:
     path.write_bytes(data.tobytes())  # unlike NumPy's own writer it says when the disk is full
 
 
-def _overlay(frame: np.ndarray, anomaly_map: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
+def _overlay(
+    frame: np.ndarray, anomaly_map: np.ndarray, regions: Sequence[Region], settings: RegionSettings
+) -> np.ndarray:
     """The image under its anomaly map, with its regions, as bytes, blue first."""
     size = frame.shape[1::-1]
     heat = cv2.resize((255 * np.clip(anomaly_map, 0, 1)).astype(np.uint8), size)
     picture = cv2.addWeighted(frame, 0.6, cv2.applyColorMap(heat, cv2.COLORMAP_JET), 0.4, 0)
-    draw_regions(picture, regions)
+    draw_regions(picture, regions, settings)
     return picture
 
 
