@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from cflow_plugin.errors import CflowError
 from cflow_plugin.metrics import AUPRO, AUROC, ranked
 from cflow_plugin.metrics.bins import join_bins, sum_by_key, to_keys
 from cflow_plugin.metrics.evaluator import CflowEvaluator
+from cflow_plugin.metrics.found import SIZES
 
 from .conftest import call_in_a_copy
 
@@ -407,4 +409,25 @@ def test_a_process_that_meets_only_good_images(tmp_path):
     assert metrics["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-7)
     assert metrics["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-7)
     assert metrics["pixel_AUPRO"] == pytest.approx(brute_force_pro(maps, masks), abs=1e-7)
-    assert set(metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert metrics["pixel_AUPRO_0.05"] == pytest.approx(brute_force_pro(maps, masks, 0.05), abs=1e-7)
+    found, total, false = regions_found(maps > 0.1, masks)
+    assert metrics["region_recall"] == pytest.approx(sum(found.values()) / sum(total.values()))
+    assert metrics["false_regions_per_image"] == pytest.approx(false / len(masks))
+    assert {name for name in metrics if name.endswith("px")} == {f"region_recall_{name}" for name in total}
+    for name, count in total.items():
+        assert metrics[f"region_recall_{name}"] == pytest.approx(found[name] / count)
+
+
+def regions_found(predicted, masks):
+    """By size, how many true regions are touched and how many there are; and false regions. One pixel at a time."""
+    found, total, false, square = Counter(), Counter(), 0, np.ones((3, 3))
+    for one, mask in zip(predicted, masks, strict=True):
+        labels, count = ndimage.label(mask, square)
+        for number in range(1, count + 1):
+            side = (labels == number).sum() ** 0.5
+            name = next(f"{low}-{high}px" for low, high in SIZES if low <= side < high)
+            total[name] += 1
+            found[name] += bool(one[labels == number].any())
+        own, count = ndimage.label(one, square)
+        false += sum(not mask[own == number].any() for number in range(1, count + 1))
+    return found, total, false

@@ -22,6 +22,7 @@ _COMMANDS = {
     "configs": "cflow_plugin.commands.configs",
     "encoders": "cflow_plugin.commands.encoders",
     "import-checkpoint": "cflow_plugin.commands.import_checkpoint",
+    "make-masks": "cflow_plugin.commands.make_masks",
     "make-scenes": "cflow_plugin.commands.make_scenes",
     "monitor": "cflow_plugin.commands.monitor",
     "score": "cflow_plugin.commands.score",

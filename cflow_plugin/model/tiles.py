@@ -115,8 +115,8 @@ def measure(encoder: Encoder) -> tuple[int, list[int]]:
             return margin, strides
     msg = (
         "tile_size takes a convolutional encoder, whose features see their surroundings alone; "
-        f"{encoder.backbone!r} is none, or sees more than {_MARGINS[-1]} pixels. Choose another --model.backbone or finer layers, or "
-        "leave tile_size out."
+        f"{encoder.backbone!r} is none, or sees more than {_MARGINS[-1]} pixels. Choose another --model.backbone, "
+        "finer layers, or no tile_size."
     )
     raise CflowError(msg)
 
