@@ -28,6 +28,7 @@ def model_of(tile, size=SIZE, backbone="resnet18", layers=("layer1", "layer2")):
             nn.init.kaiming_normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
+        model.whole.fit(torch.rand(20, sum(model.encoder.channels), generator=torch.Generator().manual_seed(2)))
         model.calibrate([part.clone() for part in model.train().log_likelihoods(images[..., :200, :200])])
     return model.eval(), images
 
@@ -57,6 +58,9 @@ def test_the_whole_picture_s_features_likelihoods_and_maps():
             for expected, found in pairs:
                 torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(tiled(images).anomaly_map, whole(images).anomaly_map, rtol=0, atol=SEAM)
+            tiled.scoring.score_area = None  # the score, what the image says as a whole included, is read alike
+            tiled.drop_folded()
+            torch.testing.assert_close(tiled(images).pred_score, whole(images).pred_score, rtol=0, atol=SEAM)
         # Nothing of the size of all positions is kept.
         assert all(block.position is None for flow in small.folded(SIZE).flows for block in flow.blocks)
 

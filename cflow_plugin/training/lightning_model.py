@@ -48,7 +48,6 @@ from cflow_plugin.training.summary import describe_run
 from cflow_plugin.training.vector_loader import TrainOnVectors, VectorLoader
 
 logger = logging.getLogger(__name__)
-
 _OF_NETWORK = inspect.signature(CflowModel).parameters
 
 
@@ -65,8 +64,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         pre_trained: Give the encoder trained weights: those of ``weights`` or else timm's; ``false``: no weights.
         weights: Local file or folder with the encoder's weights, for machines without a network.
         image_size: Height and width in pixels that images are resized to; rounded to what the encoder's patches take.
-        tile_size: Let a convolutional encoder see larger images in tiles of at most so many pixels, for bounded memory;
-            see :class:`~cflow_plugin.model.tiles.Tiles`.
+        tile_size: Let a convolutional encoder see larger images in tiles of so many pixels, for bounded memory.
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
         coupling_blocks: Coupling blocks of each decoder.
         clamp: Soft clamp of the coupling blocks' log-scales.
@@ -101,9 +99,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         held_out_share: Share of the training images that is held out where a false-alarm rate is to be kept and does
             not need more of them. Validation images that are all good, and enough, are taken instead.
         held_out_images: Folder of other good images to take instead; then all training images are trained on.
-        region_of_interest: What is looked at in every picture: a mask image's file; ``bright`` or ``dark`` for what is
-            so in the mean training picture; or boxes and polygons, ``[[left, top, right, bottom], …]`` in shares of
-            width and height.
+        region_of_interest: What is looked at: a mask image's file; ``bright`` or ``dark`` for what is so in the mean
+            training picture; boxes and polygons, ``[[left, top, right, bottom], …]`` in shares of width and height.
         ignored_border: Pixels of the map at its edges that are not looked at.
         smallest_region: Pixels of the map that a region has at least to be shown; the thresholds are set for it.
         most_regions: Regions shown of an image, those with the highest peaks; by default all.
@@ -191,8 +188,6 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         self.progress = resuming.Progress()
         self.calibration = Calibration()
 
-    # What anomalib asks a model
-
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """No sanity check: before training there is nothing to validate."""
@@ -231,8 +226,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
         """
         seed = self.progress.seed_of(self.trainer)
-        begun = self.progress.training_has_begun
-        if not begun:
+        if not (begun := self.progress.training_has_begun):
             set_interest(self, images)
         loader = VectorLoader(
             self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
