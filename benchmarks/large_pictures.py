@@ -30,6 +30,7 @@ from rich.progress import track
 from training import in_own_process
 
 from cflow_plugin import CflowPlugin
+from cflow_plugin.anomalib_patches.registration import publish
 
 _MEGA = 1e6
 _WEIGHTS = "CFLOW_BENCHMARK_WEIGHTS"
@@ -287,6 +288,7 @@ def _ensemble(data: dict[str, Any], settings: dict[str, Any], runs: Path) -> lis
     """Train anomalib's tiled ensemble, and return what it predicts of the test pictures, put together."""
     from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
 
+    publish("anomalib.models", LocalPadim)  # anomalib takes models of its own package alone
     tile = settings["ensemble_tile"]
     size = list(settings["ensemble_size"])
     arguments = {
@@ -294,7 +296,7 @@ def _ensemble(data: dict[str, Any], settings: dict[str, Any], runs: Path) -> lis
         "thresholding_stage": "image", "tiling": {"tile_size": [tile, tile], "stride": tile, "image_size": size},
         "data": {"class_path": "anomalib.data.Folder", "init_args": {**data, "test_split_mode": "from_dir"}},
         "SeamSmoothing": {"apply": True, "sigma": 2, "width": 0.1},
-        "TrainModels": {"model": {"class_path": f"{Path(__file__).stem}.LocalPadim", "init_args": {}}},
+        "TrainModels": {"model": {"class_path": "LocalPadim"}},
     }  # fmt: skip
     training = TrainTiledEnsemble()
     found: Any = None
