@@ -13,7 +13,6 @@ __all__ = [
 import sys
 from typing import Any, cast
 
-from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data.utils import ValSplitMode
 from lightning import Trainer
 
@@ -90,6 +89,8 @@ def refuse_tiler(trainer: Trainer) -> None:
     Raises:
         CflowError: If it is switched on.
     """
+    from anomalib.callbacks import TilerConfigurationCallback  # which imports anomalib's models, and they this
+
     for callback in cast("Any", trainer).callbacks:
         if isinstance(callback, TilerConfigurationCallback) and callback.enable:
             msg = (
