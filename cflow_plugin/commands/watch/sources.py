@@ -1,6 +1,6 @@
 """Where images come from when there is no data set: a folder, a video or a camera."""
 
-__all__ = ["CameraLostError", "Frame", "Source", "open_source"]
+__all__ = ["CameraLostError", "Frame", "Source", "is_film", "open_capture", "open_source", "without_password"]
 
 import logging
 import re
@@ -17,6 +17,9 @@ from cflow_plugin.images.listing import IMAGES, list_folder
 from cflow_plugin.images.reading import ImageFileError, read_image
 
 logger = logging.getLogger(__name__)
+
+
+_SILENCE = 10_000  # milliseconds
 
 
 class CameraLostError(CflowError):
@@ -66,15 +69,13 @@ def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
         CflowError: If there is nothing at that path, it cannot be opened, or has other images.
     """
     path = Path(source)
-    is_stream = "://" in source
-    is_camera = source.isdigit() or (not is_stream and path.is_char_device())
-    if is_camera or is_stream or (path.is_file() and path.suffix.lower() not in IMAGES):
+    if is_film(source):
         if bits > 8:
             message = (
                 f"The model was trained on images of {bits} bits a value; a camera or video gives 8. Name a folder."
             )
             raise CflowError(message)
-        return _open_film(source, is_camera, is_stream)
+        return _open_film(source)
     if not path.exists():
         message = (
             f"There is nothing at {source}: name a folder, an image, a video file, the number of a camera, or the "
@@ -89,9 +90,39 @@ def open_source(source: str, frame_rate: float, bits: int = 8) -> Source:
     return Source(frames, len(files), is_film=False, rate=frame_rate)
 
 
-def _open_film(source: str, is_camera: bool, is_stream: bool) -> Source:
-    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
-    name = re.sub(r"//[^/@]*@", "//…@", source)  # of an address without the password in it
+def is_film(source: str) -> bool:
+    """Whether a source is a camera, a stream or a video file."""
+    path = Path(source)
+    return _is_camera(source) or "://" in source or (path.is_file() and path.suffix.lower() not in IMAGES)
+
+
+def _is_camera(source: str) -> bool:
+    return source.isdigit() or ("://" not in source and Path(source).is_char_device())
+
+
+def open_capture(source: str) -> cv2.VideoCapture:
+    """Open a camera, stream or video file; whether it succeeded is to be asked of what is returned."""
+    if "://" not in source:
+        return cv2.VideoCapture(int(source) if source.isdigit() else source)
+    # A server that says nothing must not stop a watch for ever.
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _SILENCE, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _SILENCE]
+    return cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)
+
+
+def without_password(source: str) -> str:
+    """An address to show: without the password in it.
+
+    Example:
+        >>> without_password("rtsp://me:secret@camera/1")
+        'rtsp://…@camera/1'
+    """
+    return re.sub(r"//[^/@]*@", "//…@", source)
+
+
+def _open_film(source: str) -> Source:
+    is_camera, is_stream = _is_camera(source), "://" in source
+    capture = open_capture(source)
+    name = without_password(source)
     if not capture.isOpened():
         what = f"camera {source}" if is_camera else f"{name} as a {'stream' if is_stream else 'video'}"
         where = ": check the address, and that this machine reaches it" if is_stream else ""

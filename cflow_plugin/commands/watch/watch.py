@@ -10,7 +10,6 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +17,15 @@ import cv2
 import numpy as np
 from rich.progress import Progress
 
+from cflow_plugin.commands.watch.follow import JOURNAL, Following, follow_source
+from cflow_plugin.commands.watch.overlay import overlay, set_aside, write_picture
 from cflow_plugin.commands.watch.score_plot import plot_scores
 from cflow_plugin.commands.watch.sources import CameraLostError, open_source
 from cflow_plugin.commands.watch.timeline import Smoother, Truth, frame_auroc, read_truth
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.decisions.region_files import RegionFiles
-from cflow_plugin.decisions.regions import Region, RegionSettings, draw_regions, find_regions
+from cflow_plugin.decisions.regions import find_regions
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
@@ -32,7 +33,6 @@ from cflow_plugin.images.reading import ImageFileError, in_8_bits
 
 logger = logging.getLogger(__name__)
 
-_RED, _GREEN = (60, 60, 230), (80, 180, 60)  # blue, green, red
 _FRAME_RATE_MEMORY = 0.9  # of the running mean, a frame
 _TABLE, _PLOT, _METRICS = "scores.csv", "score_over_time.png", "metrics.json"
 _FILM = "overlay.avi"  # can be played as far as it was written, where an .mp4 that was cut off is lost
@@ -52,6 +52,9 @@ def watch(
     threshold: float | None = None,
     frame_rate: float = 25.0,
     truth: Path | None = None,
+    follow: bool = False,
+    sort: bool = False,
+    unsure: tuple[float, float] | None = None,
 ) -> None:
     """Score images as they come, with an exported model.
 
@@ -62,6 +65,9 @@ def watch(
     ``regions.coco.json``. An earlier run's table, regions and video are kept under the time at which it
     ended. At the end ``score_over_time.png`` shows all scores, and with
     ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
+
+    With ``--follow true`` it goes on for as long as it is let: it waits for images that arrive in a folder (or fit a
+    pattern), and for a camera that is lost. Started again it goes on where it ended, also after it was killed.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
@@ -79,7 +85,24 @@ def watch(
         frame_rate: Images a second in a folder, for the time of each; a video and a camera know theirs.
         truth: What is truly anomalous: a .npy file with one number a frame (ShanghaiTech's test_frame_mask), or a CSV
             file with the first and last frame of each anomaly, counted from 0.
+        follow: Go on for ever. Overlays are then written of images that are not good, the time in scores.csv is in
+            seconds since 1970, and frames of a camera that is faster than the model are dropped and counted.
+        sort: With follow: copy each image into sorted/good, anomalous, unsure or unreadable.
+        unsure: With follow: p-values between these two, as [0.01,0.1], are called unsure.
     """
+    if follow:
+        if show or truth is not None:
+            message = "--show and --truth are for a source that has an end; leave them out with --follow true."
+            raise CflowError(message)
+        wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure)
+        follow_source(Following(model, source, output, *wishes))
+        return
+    if sort or unsure is not None:
+        message = "--sort and --unsure are for a watch that goes on: --follow true."
+        raise CflowError(message)
+    if (output / JOURNAL).exists():
+        message = f"{output} belongs to a watch with --follow true: go on with it, or choose another --output."
+        raise CflowError(message)
     smoother = Smoother(smoothing)
     if not frame_rate > 0:
         message = f"The frame rate must be above 0, got {frame_rate}."
@@ -95,7 +118,7 @@ def watch(
     for name in (_PLOT, _METRICS):  # an earlier run's, which would be taken for this one's
         (output / name).unlink(missing_ok=True)
     for name in (_TABLE, _FILM, "regions.jsonl", "regions.csv", "regions.coco.json"):
-        _set_aside(output / name)
+        set_aside(output / name)
     unscored: list[str] = []
     lost: CameraLostError | None = None
     history = _History()
@@ -144,10 +167,11 @@ def watch(
                 progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):
                     continue
-                picture = _overlay(
-                    in_8_bits(frame, compiled.bits), result["anomaly_map"][0, 0], regions, compiled.regions
+                decision = "anomalous" if anomalous else "good"
+                seen, shown_regions = in_8_bits(frame, compiled.bits), (regions, compiled.regions)
+                picture = overlay(
+                    seen, result["anomaly_map"][0, 0], smoothed, decision, shown_regions, f"  {speed:.0f} fps"
                 )
-                _head(picture, smoothed, anomalous, speed)
                 if overlays and is_film:
                     if film is None:
                         film = cv2.VideoWriter(
@@ -159,7 +183,8 @@ def watch(
                         stack.callback(film.release)
                     film.write(picture)
                 elif overlays:
-                    _write(output / "overlays" / (name if name.lower().endswith(".png") else f"{name}.png"), picture)
+                    name = name if name.lower().endswith(".png") else f"{name}.png"
+                    write_picture(output / "overlays" / name, picture)
                 if show and _shown(picture):
                     break
         except KeyboardInterrupt:
@@ -223,42 +248,6 @@ class _History:
         with atomic_file(output / _METRICS) as partial:
             partial.write_text(json.dumps(metrics, indent=2) + "\n")
         return words
-
-
-def _set_aside(path: Path) -> None:
-    """Keep what an earlier run, perhaps of weeks on a line, has written, under the time at which it ended."""
-    if path.exists():
-        end = datetime.fromtimestamp(path.stat().st_mtime)
-        path.rename(path.with_stem(f"{path.stem}_{end:%Y-%m-%d_%H-%M-%S-%f}"))
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _, data = cv2.imencode(path.suffix, picture)
-    path.write_bytes(data.tobytes())  # unlike NumPy's own writer it says when the disk is full
-
-
-def _overlay(
-    frame: np.ndarray, anomaly_map: np.ndarray, regions: Sequence[Region], settings: RegionSettings
-) -> np.ndarray:
-    """The image under its anomaly map, with its regions, as bytes, blue first."""
-    size = frame.shape[1::-1]
-    heat = cv2.resize((255 * np.clip(anomaly_map, 0, 1)).astype(np.uint8), size)
-    picture = cv2.addWeighted(frame, 0.6, cv2.applyColorMap(heat, cv2.COLORMAP_JET), 0.4, 0)
-    draw_regions(picture, regions, settings)
-    return picture
-
-
-def _head(picture: np.ndarray, score: float, anomalous: bool, rate: float) -> None:
-    """Write decision, score and frame rate over a picture."""
-    size = picture.shape[1::-1]
-    height = max(14, size[1] // 16)
-    text = f"{'ANOMALY' if anomalous else 'good'} {score:.3f}  {rate:.0f} fps"
-    scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height // 2)
-    cv2.rectangle(picture, (0, 0), (size[0], height), _RED if anomalous else _GREEN, cv2.FILLED)
-    cv2.putText(
-        picture, text, (4, int(0.75 * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA
-    )
 
 
 def _shown(picture: np.ndarray) -> bool:
