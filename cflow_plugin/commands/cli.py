@@ -8,6 +8,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -46,12 +47,33 @@ def main(arguments: list[str] | None = None) -> None:
     # Some import all of anomalib, which those that run exported models have no need of.
     wanted = [name for name in _COMMANDS if name in arguments[:1]] or list(_COMMANDS)
     arguments = _with_shipped_configs(arguments)
-    functions = {name: getattr(import_module(_COMMANDS[name]), name.replace("-", "_")) for name in wanted}
+    functions = _functions(wanted)
     try:
         auto_cli(functions, args=arguments, as_positional=False, prog="cflow-plugin")
+    except ModuleNotFoundError as error:
+        raise CflowError(_missing(error)) from error
     except BrokenPipeError:  # of a pipe to `head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _functions(names: list[str]) -> dict[str, Any]:
+    """Commands by name; of several, those that this environment has the packages for."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = getattr(import_module(_COMMANDS[name]), name.replace("-", "_"))
+        except ModuleNotFoundError as error:
+            if len(names) == 1:
+                raise CflowError(_missing(error)) from error
+    return found
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return (
+        f"This needs the package {error.name}, which is not installed: an environment that only runs exported files "
+        "has no part of training. Install all of it, pip install cflow-plugin, or use another environment."
+    )
 
 
 def _with_shipped_configs(arguments: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What exported files say of themselves, read without any runtime."""
+"""What exported files say of themselves, read without running them."""
 
 __all__ = ["read_note"]
 
@@ -22,10 +22,10 @@ def read_note(path: Path, key: str) -> str | None:
         if path.suffix.lower() == ".xml":
             found = ElementTree.parse(path).find(f"./rt_info/{key}")
             return None if found is None else found.get("value")
-        import onnx
+        import openvino as ov  # where there is an ONNX file to read, it is there, and the package onnx need not be
 
-        model = onnx.load(path, load_external_data=False)
-        return next((entry.value for entry in model.metadata_props if entry.key == key), None)
+        model, place = ov.Core().read_model(path), ["framework", key]
+        return model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
     except Exception as error:  # what damaged files raise differs from format to format
         message = f"{path} could not be read: it is damaged, or not what its name says."
         raise CflowError(message) from error

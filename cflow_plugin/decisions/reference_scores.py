@@ -44,6 +44,8 @@ def read_reference_scores(path: Path) -> np.ndarray | None:
         raise CflowError(message)
     try:
         scores = readers[suffix](path)
+    except ModuleNotFoundError:  # in an environment that only runs exported files
+        raise
     except Exception as error:  # what damaged files raise differs from format to format
         message = f"{path} could not be read: it is damaged, or not what its name says."
         raise CflowError(message) from error

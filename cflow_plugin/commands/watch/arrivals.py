@@ -193,7 +193,8 @@ def _files(
             waiting.pop(path, None)
             return None
         now = time.monotonic()
-        before, since = waiting.get(path, (stamp, now - max(0.0, age)))
+        # Copies may have old times, so that alone does not tell how long nothing has been written.
+        before, since = waiting.get(path, (stamp, now - min(max(0.0, age), _SETTLED)))
         unchanged = now - since if before == stamp else 0.0
         if written or unchanged >= _SETTLED:
             try:

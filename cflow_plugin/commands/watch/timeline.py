@@ -143,6 +143,10 @@ def frame_auroc(scores: ArrayLike, truth: NDArray[np.bool_]) -> float | None:
     Returns:
         Between 0 and 1; ``None`` where all frames are alike.
     """
-    from sklearn.metrics import roc_auc_score  # takes its time, and only a known truth needs it
+    from scipy.stats import mannwhitneyu  # takes its time, and only a known truth needs it
 
-    return float(roc_auc_score(truth, np.asarray(scores))) if truth.any() and not truth.all() else None
+    if truth.all() or not truth.any():
+        return None
+    values = np.asarray(scores)
+    pairs = float(truth.sum()) * float((~truth).sum())
+    return float(mannwhitneyu(values[truth], values[~truth], method="asymptotic").statistic) / pairs
