@@ -22,6 +22,7 @@ import numpy as np
 from rich.progress import Progress
 
 from cflow_plugin.commands.watch.arrivals import Arrival, Health, arrivals
+from cflow_plugin.commands.watch.delivery import deliver, receivers_of
 from cflow_plugin.commands.watch.journal import Journal, Result, ScoreTable
 from cflow_plugin.commands.watch.overlay import in_8_bits, overlay, set_aside, write_picture
 from cflow_plugin.commands.watch.timeline import Smoother
@@ -55,6 +56,8 @@ class Following:
     threshold: float | None = None
     sort: bool = False
     unsure: tuple[float, float] | None = None
+    webhook: str | None = None
+    mqtt: str | None = None
 
 
 class Decider:
@@ -180,9 +183,11 @@ def follow_source(settings: Following) -> None:
         if copies:
             copies.recover(journal)
         table.catch_up(journal)
-        images = arrivals(settings.source, compiled.bits, journal.knows, health, output)
-        stack.enter_context(_ended_by_signal(health))
+        for receiver in receivers_of(settings.webhook, settings.mqtt, journal):
+            stack.callback(deliver(receiver, output / JOURNAL, health).join)
         stack.callback(health.ended.set)
+        stack.enter_context(_ended_by_signal(health))
+        images = arrivals(settings.source, compiled.bits, journal.knows, health, output)
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("Watching", total=settings.limit)
         if journal.last:

@@ -55,6 +55,8 @@ def watch(
     follow: bool = False,
     sort: bool = False,
     unsure: tuple[float, float] | None = None,
+    webhook: str | None = None,
+    mqtt: str | None = None,
 ) -> None:
     """Score images as they come, with an exported model.
 
@@ -89,16 +91,20 @@ def watch(
             seconds since 1970, and frames of a camera that is faster than the model are dropped and counted.
         sort: With follow: copy each image into sorted/good, anomalous, unsure or unreadable.
         unsure: With follow: p-values between these two, as [0.01,0.1], are called unsure.
+        webhook: With follow: post each result as JSON to this address, signed with the secret in the environment's
+            CFLOW_PLUGIN_WEBHOOK_SECRET, again and again until the server takes it.
+        mqtt: With follow: publish each result under this topic, mqtt://user@host:port/topic or mqtts://…; the password
+            stands in CFLOW_PLUGIN_MQTT_PASSWORD.
     """
     if follow:
         if show or truth is not None:
             message = "--show and --truth are for a source that has an end; leave them out with --follow true."
             raise CflowError(message)
-        wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure)
+        wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure, webhook, mqtt)
         follow_source(Following(model, source, output, *wishes))
         return
-    if sort or unsure is not None:
-        message = "--sort and --unsure are for a watch that goes on: --follow true."
+    if sort or unsure is not None or webhook is not None or mqtt is not None:
+        message = "--sort, --unsure, --webhook and --mqtt are for a watch that goes on: --follow true."
         raise CflowError(message)
     if (output / JOURNAL).exists():
         message = f"{output} belongs to a watch with --follow true: go on with it, or choose another --output."
