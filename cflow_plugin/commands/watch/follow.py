@@ -25,6 +25,7 @@ from cflow_plugin.commands.watch.arrivals import Arrival, Health, arrivals
 from cflow_plugin.commands.watch.delivery import deliver, receivers_of
 from cflow_plugin.commands.watch.journal import Journal, Result, ScoreTable
 from cflow_plugin.commands.watch.overlay import in_8_bits, overlay, set_aside, write_picture
+from cflow_plugin.commands.watch.page import Live, start_page
 from cflow_plugin.commands.watch.timeline import Smoother
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
@@ -58,6 +59,8 @@ class Following:
     unsure: tuple[float, float] | None = None
     webhook: str | None = None
     mqtt: str | None = None
+    page: int | None = None
+    host: str = "127.0.0.1"
 
 
 class Decider:
@@ -65,12 +68,10 @@ class Decider:
 
     Attributes:
         reference: Scores of the reference images, ascending, or ``None``.
-        rate: A false-alarm rate by whose p-value is decided, instead of the model's own.
     """
 
     def __init__(self, settings: Following) -> None:
         self.reference = read_reference_scores(settings.model)
-        self.rate: float | None = None
         self._unsure, self._threshold = settings.unsure, settings.threshold
         self._smoother, self._smoothing = Smoother(settings.smoothing), settings.smoothing
         if settings.unsure is None:
@@ -100,9 +101,7 @@ class Decider:
             return Result(number, arrival.name, arrival.stamp, arrival.time, error=error)
         smoothed = self._smoother(arrival.time, score)
         p_value = None if self.reference is None else float(p_values(score, self.reference))
-        if self.rate is not None and p_value is not None:
-            anomalous = p_value <= self.rate
-        elif self._threshold is None and self._smoothing == 0:
+        if self._threshold is None and self._smoothing == 0:
             anomalous = bool(found["pred_label"][0])
         else:
             anomalous = smoothed > (_HALF if self._threshold is None else self._threshold)
@@ -185,6 +184,11 @@ def follow_source(settings: Following) -> None:
         table.catch_up(journal)
         for receiver in receivers_of(settings.webhook, settings.mqtt, journal):
             stack.callback(deliver(receiver, output / JOURNAL, health).join)
+        live = None
+        if settings.page is not None:
+            threshold = _HALF if settings.threshold is None else settings.threshold
+            live = Live(decider.reference, compiled.bits, health, output / "review", threshold)
+            start_page(live, settings.host, settings.page)
         stack.callback(health.ended.set)
         stack.enter_context(_ended_by_signal(health))
         images = arrivals(settings.source, compiled.bits, journal.knows, health, output)
@@ -200,6 +204,8 @@ def follow_source(settings: Following) -> None:
             _write(lambda: _keep(journal, table, copies, result, arrival), health)  # noqa: B023  called at once
             if found is not None and settings.overlays and result.decision != "good":
                 _write(lambda: _write_overlay(output, result, arrival, found, compiled.bits), health)  # noqa: B023
+            if found is not None and live:
+                live.add(result, arrival, found["anomaly_map"][0, 0])
             health.scored += result.score is not None
             dropped = f", {health.dropped} frames dropped" if health.dropped else ""
             score = "" if result.smoothed is None else f", score {result.smoothed:.3f}"

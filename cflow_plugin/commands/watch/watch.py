@@ -57,6 +57,8 @@ def watch(
     unsure: tuple[float, float] | None = None,
     webhook: str | None = None,
     mqtt: str | None = None,
+    page: int | None = None,
+    host: str = "127.0.0.1",
 ) -> None:
     """Score images as they come, with an exported model.
 
@@ -95,16 +97,19 @@ def watch(
             CFLOW_PLUGIN_WEBHOOK_SECRET, again and again until the server takes it.
         mqtt: With follow: publish each result under this topic, mqtt://user@host:port/topic or mqtts://…; the password
             stands in CFLOW_PLUGIN_MQTT_PASSWORD.
+        page: With follow: serve a page that shows what the watch sees, on this port; 0 takes a free one.
+        host: Address that the page listens on. If others can reach it, they need the token that is printed then, or
+            stands in CFLOW_PLUGIN_PAGE_TOKEN.
     """
     if follow:
         if show or truth is not None:
             message = "--show and --truth are for a source that has an end; leave them out with --follow true."
             raise CflowError(message)
-        wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure, webhook, mqtt)
+        wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure, webhook, mqtt, page, host)
         follow_source(Following(model, source, output, *wishes))
         return
-    if sort or unsure is not None or webhook is not None or mqtt is not None:
-        message = "--sort, --unsure, --webhook and --mqtt are for a watch that goes on: --follow true."
+    if sort or any(wish is not None for wish in (unsure, webhook, mqtt, page)):
+        message = "--sort, --unsure, --webhook, --mqtt and --page are for a watch that goes on: --follow true."
         raise CflowError(message)
     if (output / JOURNAL).exists():
         message = f"{output} belongs to a watch with --follow true: go on with it, or choose another --output."

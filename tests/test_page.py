@@ -1,0 +1,199 @@
+"""The page, from outside: bad requests over a socket, and a browser, where one is here."""
+
+import http.client
+import json
+import re
+import shutil
+import socket
+
+import cv2
+import numpy as np
+import pytest
+
+from cflow_plugin import CflowError
+from cflow_plugin.commands.watch.watch import watch
+
+from .test_follow import Running, folder, model, picture, table, until  # noqa: F401  fixtures
+
+pytest.importorskip("starlette", reason='the page is not installed: pip install "cflow-plugin[page]"')
+pytest.importorskip("uvicorn", reason='the page is not installed: pip install "cflow-plugin[page]"')
+
+
+class Page:
+    """A watch with a page and two images, ended by a third."""
+
+    def __init__(self, model, folder, output, caplog, **settings):  # noqa: F811
+        caplog.set_level("INFO")
+        (folder / "dark.png").write_bytes(picture(100))
+        (folder / "light.png").write_bytes(picture(200))
+        self.folder, self.output = folder, output
+        self.running = Running(model, str(folder), output, limit=3, overlays=False, page=0, **settings)
+        until(lambda: len(table(output)) == 2 and "The page is at" in caplog.text)
+        self.address, self.port, self.token = re.search(
+            r"The page is at (http://[\d.]+:(\d+)/)(?:\?token=(\S+))?", caplog.text
+        ).groups()
+
+    def ask(self, method, path, body=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", int(self.port), timeout=30)
+        connection.putrequest(method, path, skip_host="Host" in (headers or {}))
+        for name, value in {"Content-Length": str(len(body or b"")), **(headers or {})}.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+
+    def end(self):
+        (self.folder / "last.png").write_bytes(picture(50))
+        self.running.join()
+
+
+@pytest.fixture
+def page(model, folder, tmp_path, caplog):  # noqa: F811
+    page = Page(model, folder, tmp_path / "out", caplog)
+    yield page
+    page.end()
+
+
+JSON = {"Content-Type": "application/json"}
+MARK = {"number": 2, "what": "good", "who": "Ada"}
+
+
+def marked(**changes):
+    return json.dumps({**MARK, **changes}).encode()
+
+
+BAD = [
+    *[("GET", path, None, {}, 404) for path in ("/x", "/../page.html", "/%2e%2e/%2e%2e/etc/passwd", "/page.py")],
+    *[("GET", path, None, {}, 404) for path in ("/image/99", "/image/x", "/image/-1", "/image/1/../2", "/page.html")],
+    ("GET", f"/image/{10**30}", None, {}, 404),
+    *[("GET", f"/api/would?rate={rate}", None, {}, 400) for rate in ("x", "0", "1", "-1", "nan", "inf", "0.0001", "")],
+    ("GET", "/api/would", None, {}, 400),
+    *[(method, "/", None, {}, 405) for method in ("POST", "PUT", "DELETE", "PATCH", "TRACE")],
+    *[(method, "/api/mark", None, {}, 405) for method in ("GET", "PUT")],
+    ("GET", "/", None, {"Host": "evil.example"}, 400),
+    ("POST", "/api/mark", marked(), {"Content-Type": "text/plain"}, 415),
+    ("POST", "/api/mark", marked(), {}, 415),
+    ("POST", "/api/mark", b"number=2&what=good", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    *[("POST", "/api/mark", body, JSON, 400) for body in (b"", b"{", b"[]", b"null", b"\xff", b"[" * 9000, b"{}")],
+    ("POST", "/api/mark", marked() + b" " * 20_000, JSON, 413),
+    *[("POST", "/api/mark", marked(number=number), JSON, 400) for number in ("2", 1.5, None, True)],
+    *[("POST", "/api/mark", marked(what=what), JSON, 400) for what in ("../..", "", None, ["good"], {"a": 1})],
+    *[("POST", "/api/mark", marked(who=who), JSON, 400) for who in ("", " ", "a" * 81, "a\nb", "\x00", 7)],
+    ("POST", "/api/mark", marked(more=1), JSON, 400),
+    *[("POST", "/api/mark", marked(number=number), JSON, 404) for number in (99, -1, 10**30)],
+]
+
+
+def test_bad_requests(page):
+    """Each gets its status, and changes nothing; the page goes on."""
+    assert len(BAD) >= 30
+    found = [(request[:4], page.ask(*request[:4])[0]) for request in BAD]
+    assert [status for _, status in found] == [request[4] for request in BAD], found
+    with socket.create_connection(("127.0.0.1", int(page.port))) as raw:
+        raw.sendall(b"\x16\x03\x01 no HTTP \r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    slow = socket.create_connection(("127.0.0.1", int(page.port)), timeout=30)
+    slow.sendall(b"POST /api/mark HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+    slow.sendall(b"Content-Length: 50\r\n\r\n{")
+    assert page.ask("GET", "/api/state")[0] == 200
+    assert slow.recv(100).startswith(b"HTTP/1.1 408")
+    slow.close()
+    assert not (page.output / "review").exists()
+
+
+def test_what_it_tells_and_what_is_marked(page):
+    status, text, headers = page.ask("GET", "/")
+    assert status == 200
+    assert b"http" not in text.lower().replace(b"http-equiv", b"")  # nothing from elsewhere
+    assert "default-src 'self'" in headers["Content-Security-Policy"]
+    state = json.loads(page.ask("GET", "/api/state")[1])
+    assert [(image["image"], image["decision"]) for image in state["images"]] == [
+        ("light.png", "anomalous"),
+        ("dark.png", "good"),
+    ]
+    assert state["scored"] == 2
+    assert state["verdict"].startswith("No change: 2 images")
+    assert sum(state["recent"]) == 2
+    assert sum(state["reference"]) == 21
+    # 21 reference scores from 0.3 to 0.5: a rate of 0.1 allows 2 of 22 ranks, so that 0.49 is the threshold.
+    assert json.loads(page.ask("GET", "/api/would?rate=0.1")[1]) == {"threshold": 0.49, "anomalous": 1, "images": 2}
+    shown = cv2.imdecode(np.frombuffer(page.ask("GET", "/image/2")[1], np.uint8), cv2.IMREAD_COLOR)
+    assert shown.shape == (8, 8, 3)
+    for wish in (marked(), marked(number=1, what="defect", who="Æsa =1+1")):
+        assert page.ask("POST", "/api/mark", wish, JSON)[0] == 200
+    assert (page.output / "review/good/2_light.png").read_bytes() == picture(200)
+    assert (page.output / "review/defect/1_dark.png").read_bytes() == picture(100)
+    log = (page.output / "review/log.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[1:3] for line in log[1:]] == [["Ada", "good after all"], ["Æsa =1+1", "defect missed"]]
+
+
+def test_a_token_is_asked_for_where_others_can_reach_it(model, folder, tmp_path, caplog):  # noqa: F811
+    page = Page(model, folder, tmp_path / "out", caplog, host="0.0.0.0")
+    for path in ("/", "/page.js", "/api/state", "/image/1", "/api/would?rate=0.1", "/?token=wrong", "/?token=%C3%BC"):
+        assert page.ask("GET", path)[0] == 401
+    assert page.ask("POST", "/api/mark", marked(), {**JSON, "Cookie": "token=wrong"})[0] == 401
+    status, _, headers = page.ask("GET", f"/?token={page.token}")
+    assert status == 303
+    assert "HttpOnly" in headers["set-cookie"]
+    assert "samesite=strict" in headers["set-cookie"].lower()
+    assert page.ask("GET", "/api/state", headers={"Cookie": f"token={page.token}"})[0] == 200
+    page.end()
+
+
+def test_a_port_that_is_taken(model, folder, tmp_path):  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(CflowError, match="cannot be served"):
+        watch(model, str(folder), tmp_path / "out", follow=True, page=taken.getsockname()[1])
+    with pytest.raises(CflowError, match="cannot be served"):
+        watch(model, str(folder), tmp_path / "out", follow=True, page=0, host="nowhere")
+
+
+@pytest.mark.long
+def test_in_a_browser(page, tmp_path):
+    """With the keyboard alone, in light and dark, on a screen and a phone; nothing is asked of another host."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    asked, wrong = [], []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for scheme, width in (("light", 1200), ("dark", 1200), ("light", 360)):
+            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+            tab = context.new_page()
+            tab.on("request", lambda request: asked.append(request.url))
+            tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+            tab.on("pageerror", lambda error: wrong.append(str(error)))
+            tab.goto(page.address)
+            tab.wait_for_selector("#images li:nth-child(2)")
+            until(lambda tab=tab: "threshold" in tab.inner_text("#would"))
+            assert "anomalous" in tab.inner_text("#images li.anomalous")
+            assert "No change" in tab.inner_text("#verdict")
+            assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+            loaded = "[...document.images].every((image) => image.complete && image.naturalWidth)"
+            until(lambda tab=tab, loaded=loaded: tab.evaluate(loaded))
+            tab.screenshot(path=tmp_path / f"{scheme} {width}.png", full_page=True)
+            context.close()
+        for scheme in ("light", "dark"):
+            tab = browser.new_page(color_scheme=scheme, bypass_csp=True)  # axe is a script of the test's
+            tab.goto(page.address)
+            tab.wait_for_selector("#images li:nth-child(2)")
+            found = axe.Axe().run(tab).response["violations"]
+            assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found] == []
+        tab = browser.new_page()
+        tab.goto(page.address)
+        tab.wait_for_selector("#images li:nth-child(2)")
+        tab.keyboard.press("Tab")
+        tab.keyboard.type("Ada")
+        tab.keyboard.press("Tab")
+        tab.keyboard.press("Enter")
+        until(lambda: "Copied" in tab.inner_text("#said"))
+        before = tab.inner_text("#would")
+        tab.focus("#rate")
+        tab.keyboard.press("End")
+        until(lambda: tab.inner_text("#would") != before)
+        assert "30.0 %" in tab.inner_text("#would")
+        browser.close()
+    assert wrong == []
+    assert all(url.startswith(page.address) for url in asked)
+    assert (page.output / "review/good/2_light.png").is_file()
