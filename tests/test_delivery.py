@@ -86,6 +86,8 @@ def test_a_webhook_that_is_away(model, folder, tmp_path, monkeypatch, caplog):  
         assert body["id"] == identifier
         assert body["score"] == pytest.approx(float(row["score"]), abs=1e-6)
         assert body["decision"] == row["decision"]
+        areas = [region["area"] for region in body["regions"]]
+        assert areas == ([64] if body["decision"] == "anomalous" else [])
     assert "503" in caplog.text
     assert "hidden" not in caplog.text
 

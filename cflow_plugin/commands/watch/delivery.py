@@ -260,6 +260,6 @@ def deliver(receiver: Receiver, path: Path, health: Health) -> threading.Thread:
 
 
 def _message(journal: str, result: Result) -> bytes:
-    found = {"id": f"{journal}-{result.number}", **result._asdict()}
+    found = {"id": f"{journal}-{result.number}", **result._asdict(), "regions": json.loads(result.regions or "[]")}
     del found["stamp"]
     return json.dumps(found).encode()

@@ -4,6 +4,7 @@ __all__ = ["JOURNAL", "Following", "follow_source"]
 
 import errno
 import hashlib
+import json
 import logging
 import math
 import shutil
@@ -24,14 +25,15 @@ from rich.progress import Progress
 from cflow_plugin.commands.watch.arrivals import Arrival, Health, arrivals
 from cflow_plugin.commands.watch.delivery import deliver, receivers_of
 from cflow_plugin.commands.watch.journal import Journal, Result, ScoreTable
-from cflow_plugin.commands.watch.overlay import in_8_bits, overlay, set_aside, write_picture
+from cflow_plugin.commands.watch.overlay import overlay, set_aside, write_picture
 from cflow_plugin.commands.watch.page import Live, start_page
 from cflow_plugin.commands.watch.timeline import Smoother
 from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.decisions.regions import Region, RegionSettings, find_regions
 from cflow_plugin.deploy.runtime import ExportedModel, compile_exported
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.reading import ImageFileError
+from cflow_plugin.images.reading import ImageFileError, in_8_bits
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,9 @@ class Decider:
             )
             raise CflowError(message)
 
-    def __call__(self, arrival: Arrival, number: int, found: Any, spent: float) -> Result:
+    def __call__(
+        self, arrival: Arrival, number: int, found: Any, spent: float, settings: RegionSettings
+    ) -> tuple[Result, list[Region]]:
         """Put what a model gave into words.
 
         Args:
@@ -94,21 +98,29 @@ class Decider:
             number: Number of the result.
             found: What the model gave for it.
             spent: Seconds that it took.
+            settings: Which regions are shown.
+
+        Returns:
+            The result, and the image's regions.
         """
+        assert isinstance(arrival.image, np.ndarray)
         score = float(found["pred_score"][0])
         if not math.isfinite(score):
             error = "its score is not a finite number"
-            return Result(number, arrival.name, arrival.stamp, arrival.time, error=error)
+            return Result(number, arrival.name, arrival.stamp, arrival.time, error=error), []
         smoothed = self._smoother(arrival.time, score)
         p_value = None if self.reference is None else float(p_values(score, self.reference))
         if self._threshold is None and self._smoothing == 0:
-            anomalous = bool(found["pred_label"][0])
+            anomalous, mask = bool(found["pred_label"][0]), found["pred_mask"][0, 0]
         else:
             anomalous = smoothed > (_HALF if self._threshold is None else self._threshold)
+            mask = (found["anomaly_map"][0, 0] > _HALF) & anomalous
+        regions = find_regions(found["anomaly_map"][0, 0], mask, settings, arrival.image.shape[:2])
         is_unsure = self._unsure and p_value is not None and self._unsure[0] <= p_value <= self._unsure[1]
         decision = "unsure" if is_unsure else "anomalous" if anomalous else "good"
         figures = (score, smoothed, p_value, anomalous, decision, 1000 * spent)
-        return Result(number, arrival.name, arrival.stamp, arrival.time, *figures)
+        text = json.dumps([region._asdict() for region in regions])
+        return Result(number, arrival.name, arrival.stamp, arrival.time, *figures, regions=text), regions
 
 
 class Copies:
@@ -198,14 +210,15 @@ def follow_source(settings: Following) -> None:
             logger.info("%d results are there already; this watch goes on from there.", journal.last)
         number = 0
         for number, arrival in enumerate(images, start=1):
-            result, found = _score(compiled, decider, arrival, journal.last + 1)
+            result, found, regions = _score(compiled, decider, arrival, journal.last + 1)
             if result.error:
                 logger.warning("%s: %s.", result.image, result.error)
             _write(lambda: _keep(journal, table, copies, result, arrival), health)  # noqa: B023  called at once
             if found is not None and settings.overlays and result.decision != "good":
-                _write(lambda: _write_overlay(output, result, arrival, found, compiled.bits), health)  # noqa: B023
+                shown = (regions, compiled.regions)
+                _write(lambda: _write_overlay(output, result, arrival, found, compiled.bits, shown), health)  # noqa: B023
             if found is not None and live:
-                live.add(result, arrival, found["anomaly_map"][0, 0])
+                live.add(result, arrival, found["anomaly_map"][0, 0], (regions, compiled.regions))
             health.scored += result.score is not None
             dropped = f", {health.dropped} frames dropped" if health.dropped else ""
             score = "" if result.smoothed is None else f", score {result.smoothed:.3f}"
@@ -219,15 +232,17 @@ def follow_source(settings: Following) -> None:
     logger.info("%d images%s%s; results are in %s.", health.scored, dropped, lost, output.resolve())
 
 
-def _score(compiled: ExportedModel, decider: Decider, arrival: Arrival, number: int) -> tuple[Result, Any]:
-    """The result of an image, and what the model gave."""
+def _score(
+    compiled: ExportedModel, decider: Decider, arrival: Arrival, number: int
+) -> tuple[Result, Any, list[Region]]:
+    """The result of an image, what the model gave, and the regions in it."""
     if isinstance(arrival.image, ImageFileError):
         result = Result(number, arrival.name, arrival.stamp, arrival.time, error=arrival.image.reason)
-        return result, None
+        return result, None, []
     start = time.perf_counter()
     found = compiled([arrival.image[None]])
-    result = decider(arrival, number, found, time.perf_counter() - start)
-    return result, found if result.error is None else None
+    result, regions = decider(arrival, number, found, time.perf_counter() - start, compiled.regions)
+    return result, found if result.error is None else None, regions
 
 
 def _keep(journal: Journal, table: ScoreTable, copies: Copies | None, result: Result, arrival: Arrival) -> None:
@@ -257,10 +272,18 @@ def _write(action: Callable[[], None], health: Health) -> None:
             return
 
 
-def _write_overlay(output: Path, result: Result, arrival: Arrival, found: Any, bits: int) -> None:
+def _write_overlay(
+    output: Path,
+    result: Result,
+    arrival: Arrival,
+    found: Any,
+    bits: int,
+    regions: tuple[list[Region], RegionSettings],
+) -> None:
     assert isinstance(arrival.image, np.ndarray)
     assert result.smoothed is not None
-    picture = overlay(in_8_bits(arrival.image, bits), found["anomaly_map"][0, 0], result.smoothed, result.decision)
+    seen = in_8_bits(arrival.image, bits)
+    picture = overlay(seen, found["anomaly_map"][0, 0], result.smoothed, result.decision, regions)
     name = arrival.name if arrival.name.lower().endswith(".png") else f"{arrival.name}.png"
     write_picture(output / "overlays" / name, picture)
 

@@ -40,6 +40,7 @@ class Result(NamedTuple):
         milliseconds: How long the model took.
         error: Why it has no score.
         copy: Where a copy of it is, below the output folder.
+        regions: Its anomalous regions, as JSON.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Result(NamedTuple):
     milliseconds: float | None = None
     error: str | None = None
     copy: str | None = None
+    regions: str | None = None
 
 
 _FIELDS = ", ".join(Result._fields)
@@ -81,7 +83,7 @@ class Journal:
             self._database.executescript(
                 "CREATE TABLE IF NOT EXISTS results (number INTEGER PRIMARY KEY, image TEXT, stamp TEXT, time REAL, "
                 "score REAL, smoothed REAL, p_value REAL, anomalous INTEGER, decision TEXT, milliseconds REAL, "
-                "error TEXT, copy TEXT);"
+                "error TEXT, copy TEXT, regions TEXT);"
                 "CREATE UNIQUE INDEX IF NOT EXISTS images ON results (image, stamp);"
                 "CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT);"
             )

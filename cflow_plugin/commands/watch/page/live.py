@@ -16,10 +16,12 @@ import numpy as np
 
 from cflow_plugin.commands.watch.arrivals import Arrival, Health
 from cflow_plugin.commands.watch.journal import Result
-from cflow_plugin.commands.watch.overlay import in_8_bits, overlay
+from cflow_plugin.commands.watch.overlay import overlay
 from cflow_plugin.decisions.conformal import p_values, threshold_rank
 from cflow_plugin.decisions.exchangeability import ExchangeabilityTest
+from cflow_plugin.decisions.regions import Region, RegionSettings
 from cflow_plugin.errors import CflowError
+from cflow_plugin.images.reading import in_8_bits
 
 _IMAGES = 12  # of each of two kinds, good and not good
 _APART = 0.5  # seconds between two good images that are shown
@@ -38,6 +40,7 @@ class Seen(NamedTuple):
     path: Path | None
     image: np.ndarray
     anomaly_map: np.ndarray
+    regions: tuple[list[Region], RegionSettings]
 
 
 class Live:
@@ -66,7 +69,13 @@ class Live:
         self._test = None if self._reference is None else ExchangeabilityTest(self._reference)
         self._tested, self._most, self._since = 0, 0.0, time.time()
 
-    def add(self, result: Result, arrival: Arrival, anomaly_map: np.ndarray) -> None:
+    def add(
+        self,
+        result: Result,
+        arrival: Arrival,
+        anomaly_map: np.ndarray,
+        regions: tuple[list[Region], RegionSettings],
+    ) -> None:
         """Take in a result; the image is kept as it is, and drawn when somebody looks."""
         assert result.score is not None
         assert isinstance(arrival.image, np.ndarray)
@@ -80,7 +89,7 @@ class Live:
                 self._most = max(self._most, self._test.log_capital)
             kind = self._good if result.decision == "good" else self._other
             if not kind or result.time - kind[-1].result.time >= _APART:
-                kind.append(Seen(result, arrival.path, arrival.image, anomaly_map.copy()))
+                kind.append(Seen(result, arrival.path, arrival.image, anomaly_map.copy(), regions))
 
     def seen(self, number: int) -> Seen | None:
         """An image that is still at hand."""
@@ -93,10 +102,11 @@ class Live:
         if seen is None:
             return None
         image = in_8_bits(seen.image, self._bits)
-        scale = min(1.0, _WIDTH / max(image.shape[:2]))
-        small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
         assert seen.result.smoothed is not None
-        picture = overlay(small, seen.anomaly_map, seen.result.smoothed, seen.result.decision)
+        picture = overlay(image, seen.anomaly_map, seen.result.smoothed, seen.result.decision, seen.regions)
+        scale = min(1.0, _WIDTH / max(image.shape[:2]))
+        if scale < 1:
+            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         return cv2.imencode(".jpg", picture)[1].tobytes()
 
     def state(self) -> dict[str, Any]:
