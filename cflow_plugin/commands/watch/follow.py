@@ -115,7 +115,8 @@ class Decider:
         else:
             anomalous = smoothed > (_HALF if self._threshold is None else self._threshold)
             mask = (found["anomaly_map"][0, 0] > _HALF) & anomalous
-        regions = find_regions(found["anomaly_map"][0, 0], mask, settings, arrival.image.shape[:2])
+        size, where = arrival.image.shape[:2], found["anomaly_map"][0, 0]
+        regions = find_regions(where, mask, settings, size) if mask.any() else []
         is_unsure = self._unsure and p_value is not None and self._unsure[0] <= p_value <= self._unsure[1]
         decision = "unsure" if is_unsure else "anomalous" if anomalous else "good"
         figures = (score, smoothed, p_value, anomalous, decision, 1000 * spent)
