@@ -1,5 +1,7 @@
 """What an image says as a whole, against SciPy's distance and scikit-learn's probabilistic PCA."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,11 @@ def images(number: int, dimensions: int = 6, seed: int = 0) -> torch.Tensor:
 
 def distance_of(module: WholeImage, means: torch.Tensor) -> torch.Tensor:
     """The distance that a score says: of a score of 0, all that is added is of the whole."""
-    module = module.double()  # near 1 a score has few digits left
+    module = module.double()  # near its end what is added has few digits left
+    module.score_decade.fill_(1)
     score = module([means.double()[:, :, None, None]], torch.zeros(len(means)).double())
-    rarity = -torch.log(1 - score / module.weight) / 0.5
-    return module.typical + module.decade * rarity
+    decades = -torch.log1p(-score) / module.weight
+    return module.typical - 2 * module.decade * torch.log1p(-decades / 2)
 
 
 def test_the_distance_is_that_of_all_images_covariance():
@@ -63,16 +66,18 @@ def test_good_images_that_were_not_seen_say_what_is_usual():
     """With fewer images than dimensions every image that the Gaussian is of looks near to it, and no other one does."""
     module = WholeImage(30)
     module.fit(images(20, 30))
+    module.score_decade.fill_(1)
     new = images(200, 30, seed=1)
     added = module([new[:, :, None, None]], torch.zeros(200))
     assert 0.25 < (added == 0).double().mean() < 0.75
-    assert (module([new[:, :, None, None] + 5], torch.zeros(200)) > 0.49).all()
+    assert (module([new[:, :, None, None] + 5], torch.zeros(200)) > 0.9).all()
 
 
 @pytest.mark.parametrize("values", [torch.full((10, 4), 0.3), torch.zeros(10, 4)])
 def test_images_that_are_all_the_same(values):
     module = WholeImage(4)
     module.fit(values)
+    module.score_decade.fill_(1)
     assert module([values[:, :, None, None]], torch.full((10,), 0.2)).tolist() == pytest.approx([0.2] * 10)
     assert (module([values[:, :, None, None] + 1], torch.full((10,), 0.2)) > 0.5).all()
 
@@ -80,6 +85,7 @@ def test_images_that_are_all_the_same(values):
 def test_what_the_map_says_keeps_its_order_where_the_whole_is_far_away():
     module = WholeImage(6)
     module.fit(images(40))
+    module.score_decade.fill_(0.1)
     scores = module([(images(2) + 1e4)[:, :, None, None]], torch.tensor([0.1, 0.3]))
     assert scores[0] < scores[1]
 
@@ -88,8 +94,34 @@ def test_few_images_or_no_weight_leave_the_score_alone():
     for module, good in ((WholeImage(6), images(7)), (WholeImage(6, 0.0), images(40))):
         module.fit(good)
         assert not module.is_fitted
-    with pytest.raises(CflowError, match="between 0 and 1"):
-        WholeImage(6, 1.5)
+    with pytest.raises(CflowError, match="not be negative"):
+        WholeImage(6, -1.0)
+
+
+def test_a_decade_counts_the_same_whoever_says_it():
+    """Images as rare as one in a hundred by the whole alone score what one in a hundred does by its map."""
+    generator = torch.Generator().manual_seed(3)
+    evidence = 0.3 + 0.02 * torch.randn(100_000, generator=generator).double()  # of good images' maps
+    module = WholeImage(60, 1.0).double()
+    module.fit(images(1000, 60))
+    module.calibrate(1 - torch.exp(-evidence))
+    rare = evidence.quantile(0.99) - evidence.median()
+    assert 2 * module.score_decade.item() == pytest.approx(rare.item(), rel=0.03)
+    new = images(20_000, 60, seed=5).double()
+    added = -torch.log1p(-module([new[:, :, None, None]], torch.zeros(len(new)).double()))
+    assert added.max() < 2 * module.score_decade
+    # Of good images one in a hundred lies beyond two decades of rarity.
+    assert (added > 2 * (1 - math.exp(-1)) * module.score_decade).double().mean() == pytest.approx(0.01, abs=0.01)
+
+
+def test_where_the_map_tells_images_apart_by_far_the_whole_changes_little():
+    module = WholeImage(6)
+    module.fit(images(40))
+    module.calibrate(torch.linspace(0.2, 0.22, 40))
+    far = module([images(1)[:, :, None, None] + 1e4], torch.tensor([0.2]))
+    assert 0.2 < far < 0.28
+    module.calibrate(torch.full((7,), 0.9))  # too few to say how they differ
+    assert torch.equal(far, module([images(1)[:, :, None, None] + 1e4], torch.tensor([0.2])))
 
 
 def test_it_is_part_of_the_model_in_both_modes_and_of_its_state():
@@ -100,6 +132,7 @@ def test_it_is_part_of_the_model_in_both_modes_and_of_its_state():
     model.scoring.log_maximum.zero_()
     pyramid = model.encoder(good)
     model.whole.fit(WholeImage.means(pyramid))
+    model.whole.score_decade.fill_(0.1)
     model.drop_folded()
     folded = model(good * 0.3).pred_score
     assert not torch.allclose(folded, model.whole(model.encoder(good * 0.3), torch.zeros(12)))

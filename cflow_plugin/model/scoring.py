@@ -1,6 +1,6 @@
 """From log-likelihoods to an anomaly map and an image score (end of section 4.2)."""
 
-__all__ = ["Aggregation", "AnomalyScoring", "FoldedScoring", "cells_inside", "means_inside"]
+__all__ = ["Aggregation", "AnomalyScoring", "FoldedScoring", "cells_inside", "fill_unknown", "means_inside"]
 
 import math
 from collections.abc import Sequence
@@ -134,7 +134,7 @@ class AnomalyScoring(FullPrecision):
             values = values.float()
             correction = values.new_zeros(1, 1)
             if self.position_correction:
-                mean = _fill(values.nanmean(0))
+                mean = fill_unknown(values.nanmean(0))
                 border = _border_correction(mean)
                 correction = border + self.position_correction * (mean - border)
             setattr(self, f"correction_{scale}", correction)
@@ -291,13 +291,17 @@ def _border_correction(mean: torch.Tensor) -> torch.Tensor:
     return correction
 
 
-def _fill(mean: torch.Tensor) -> torch.Tensor:
-    """Give positions without a value that of the nearest one with a value."""
-    known = ~torch.isnan(mean)
+def fill_unknown(values: torch.Tensor) -> torch.Tensor:
+    """Give positions without a value that of the nearest one with a value.
+
+    Args:
+        values: ``(..., H, W)``, NaN at the same positions of all maps.
+    """
+    known = ~torch.isnan(values.flatten(0, -3)[0] if values.ndim > 2 else values)
     if known.all():
-        return mean
+        return values
     rows, columns = _nearest(known)
-    return mean[rows, columns]
+    return values[..., rows, columns]
 
 
 def _nearest(known: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,13 @@ from cflow_plugin.model.encoder import Encoder, Padding
 from cflow_plugin.model.flow import ConditionalFlow, Permutation
 from cflow_plugin.model.folded import FoldedModel
 from cflow_plugin.model.position import positional_encoding_2d
-from cflow_plugin.model.scoring import Aggregation, AnomalyScoring, cells_inside, means_inside
+from cflow_plugin.model.scoring import Aggregation, AnomalyScoring, cells_inside, fill_unknown, means_inside
 from cflow_plugin.model.tiles import Span, Tiles, measure
 from cflow_plugin.model.whole import WholeImage
 from cflow_plugin.modules import ModuleListOf
 
+# How much image scores differ is told well enough by those of so many images, or of so many pixels of them.
+_FEWEST_SCORES, _MOST_PIXELS = 16, 128 * 256 * 256
 
 class CflowModel(nn.Module):
     """CFLOW-AD without anything about its training.
@@ -61,7 +63,7 @@ class CflowModel(nn.Module):
         top_fraction: float = 0.0025,
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
-        whole_image: float = 0.5,
+        whole_image: float = 2.0,
         image_size: Sequence[int] | None = None,
         flow_dimensions: int | None = None,
         tile_size: int | None = None,
@@ -189,7 +191,19 @@ class CflowModel(nn.Module):
             unseen: The same of good images that were not trained on, if there are any.
         """
         self.scoring.calibrate(log_likelihoods, unseen)
+        if self.whole.is_fitted:
+            self.whole.calibrate(self._scores_of(log_likelihoods))
         self.drop_folded()
+
+    def _scores_of(self, log_likelihoods: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the map alone scores images; they are fewer where they are large."""
+        sizes = [(values.shape[-2], values.shape[-1]) for values in log_likelihoods]
+        height, width = self.encoder.image_size or (8 * sizes[0][0], 8 * sizes[0][1])
+        scoring = self.scoring.folded(sizes, (height, width))
+        images = min(len(log_likelihoods[0]), max(_FEWEST_SCORES, _MOST_PIXELS // (height * width)))
+        # Of positions without a value the nearest one's is taken.
+        known = [fill_unknown(values[:images]) for values in log_likelihoods]
+        return torch.cat([scoring([values[image, None] for values in known])[1] for image in range(images)])
 
     def train(self, mode: bool = True) -> "CflowModel":
         """Set the mode, and drop what was folded: training may have changed all it is made of."""

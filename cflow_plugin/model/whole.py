@@ -20,8 +20,8 @@ _SHRINKAGE = 0.05
 _FOLDS = 10
 # From the median of a normal distribution to its thousandth are 3.1 standard deviations, and 2.7 decades of rarity.
 _DECADE = 1.15
-# An image that is ten times rarer comes closer to 1 by this exponent.
-_RATE = 0.5
+# Decades that an image's rarity as a whole approaches, and never exceeds.
+_MOST_DECADES = 2.0
 
 
 class WholeImage(FullPrecision):
@@ -31,11 +31,15 @@ class WholeImage(FullPrecision):
     everywhere. With :math:`z` the means of all scales' features over the image, less their mean over training images,
 
     .. math:: d = \frac{1}{D} z^T (\hat\Sigma + \lambda I)^{-1} z, \qquad
-        p = \min\big(1, e^{-(d - m) / 2 \delta}\big), \qquad s' = 1 - (1 - s) (1 - w (1 - p)) .
+        r = \max\Big(0, \frac{d - m}{\delta}\Big), \qquad
+        1 - s' = (1 - s) \, e^{-w \delta_s g(r)}, \qquad g(r) = 2 (1 - e^{-r / 2}) .
 
     Each good image's :math:`d` by a Gaussian of other images says what is usual: :math:`m` is their median,
-    :math:`\delta` how much further one image in ten times as many lies. Since :math:`p` has an end, a change that
-    shifts all images, as of light or focus, leaves their order to the map.
+    :math:`\delta` how much further one image in ten times as many lies, so :math:`r` are decades of rarity. In the same
+    way :math:`\delta_s` is how much further :math:`-\log(1 - s)` of one good image in ten times as many lies: so a
+    decade counts the same, but for the weight, whether the map or the whole says it, and where the map tells good
+    images from others by far, the whole changes nothing. Since :math:`g` has an end, a change that shifts all images, as
+    of light or focus, leaves their order to the map.
 
     :math:`\hat\Sigma` is kept by its strongest directions; its other ones share their mean variance, as in
     probabilistic principal component analysis (Tipping and Bishop, 1999).
@@ -45,13 +49,13 @@ class WholeImage(FullPrecision):
         weight: The weight w; 0 leaves the score alone.
 
     Raises:
-        CflowError: If the weight is not between 0 and 1.
+        CflowError: If the weight is negative.
     """
 
-    def __init__(self, dimensions: int, weight: float = 0.5) -> None:
+    def __init__(self, dimensions: int, weight: float = 2.0) -> None:
         super().__init__()
-        if not 0 <= weight <= 1:
-            msg = f"whole_image must lie between 0 and 1, got {weight}."
+        if not weight >= 0:
+            msg = f"whole_image must not be negative, got {weight}."
             raise CflowError(msg)
         self.weight = weight
         self.mean: torch.Tensor
@@ -59,11 +63,13 @@ class WholeImage(FullPrecision):
         self.directions: torch.Tensor
         self.typical: torch.Tensor
         self.decade: torch.Tensor
+        self.score_decade: torch.Tensor
         self.register_buffer("mean", torch.zeros(dimensions))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("directions", torch.zeros(0, dimensions))
         self.register_buffer("typical", torch.tensor(float("nan")))
         self.register_buffer("decade", torch.ones(()))
+        self.register_buffer("score_decade", torch.zeros(()))
         take_shapes_from_checkpoints(self)
         self.register_load_state_dict_pre_hook(_add_unfitted)
 
@@ -111,6 +117,17 @@ class WholeImage(FullPrecision):
         self.typical.copy_(as_on(typical, self.typical))
         self.decade.copy_(as_on(decade, self.decade))
 
+    @torch.no_grad()
+    def calibrate(self, scores: torch.Tensor) -> None:
+        """Take note of how the map's scores differ among good images; without this the whole adds nothing.
+
+        Args:
+            scores: ``(N,)``, between 0 and 1; fewer than eight are not looked at.
+        """
+        if len(scores) >= _FEWEST_IMAGES:
+            decade = _DECADE * torch.log1p(-in_double(scores).clamp(max=1 - 1e-6)).std()
+            self.score_decade.copy_(as_on(decade, self.score_decade))
+
     def forward(self, pyramid: Sequence[torch.Tensor], score: torch.Tensor) -> torch.Tensor:
         """Add to image scores what the images as a whole say.
 
@@ -123,7 +140,8 @@ class WholeImage(FullPrecision):
         """
         distance = _distance(self.means(pyramid), self.mean, self.scale, self.directions)
         rarity = ((distance - self.typical) / self.decade).clamp_min(0)
-        return 1 - (1 - score) * (1 - self.weight * (1 - torch.exp(-_RATE * rarity)))
+        decades = _MOST_DECADES * (1 - torch.exp(-rarity / _MOST_DECADES))
+        return 1 - (1 - score) * torch.exp(-self.weight * self.score_decade * decades)
 
 
 def _add_unfitted(module: WholeImage, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
