@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from lightning import LightningModule, seed_everything
+from lightning import Callback, LightningModule, seed_everything
 from sklearn.metrics import roc_auc_score
 
 from cflow_plugin import CflowError, CflowPlugin
@@ -61,10 +61,13 @@ def looking(tmp_path_factory):
         **{**QUICK, "epochs": 2, "steps_per_epoch": 5}, target_false_alarm_rate=0.2, region_of_interest=BOX
     )
     banks = []
-    prepare = model._fit_gaussians
-    model._fit_gaussians = lambda bank, loader: (banks.append(bank), prepare(bank, loader))
-    make_engine(folder).fit(model, datamodule=make_textures(tmp_path_factory.mktemp("data"), train_good=16))
-    del model._fit_gaussians
+
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            banks.append(pl_module.calibration.bank)
+
+    data = make_textures(tmp_path_factory.mktemp("data"), train_good=16)
+    make_engine(folder, callbacks=[Keep()]).fit(model, datamodule=data)
     return model.eval(), banks[0], folder
 
 

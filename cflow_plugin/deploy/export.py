@@ -23,6 +23,7 @@ from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
 from cflow_plugin.decisions.region_files import REGIONS_KEY, note_of
 from cflow_plugin.decisions.regions import outlines_of
+from cflow_plugin.deploy.eight_bits import onnx_translations
 from cflow_plugin.deploy.fingerprint import FINGERPRINT, RELEASE, fingerprint_of
 from cflow_plugin.deploy.graph import (
     InferenceGraph,
@@ -83,6 +84,7 @@ class FoldedExport(_Base):
             "verbose": False,
             "dynamic_shapes": free_dimensions(input_size, batch),
             "external_data": size > _ONE_FILE,
+            "custom_translation_table": onnx_translations(),
         }
         options = {**defaults, **kwargs}
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"

@@ -22,6 +22,7 @@ from lightning import LightningModule
 from openvino import opset13 as operations
 from torch import nn
 
+from cflow_plugin.deploy.eight_bits import openvino_extensions
 from cflow_plugin.deploy.openvino_input import take_other_sizes
 from cflow_plugin.deploy.resizing import ExactResize, exportable
 from cflow_plugin.errors import CflowError
@@ -173,7 +174,7 @@ def convert_to_openvino(model: AnomalibModule, input_size: tuple[int, int] | Non
     with torch.no_grad():
         free = free_dimensions(inference.size)
         program = torch.export.export(_Outputs(inference), (example,), dynamic_shapes=free, strict=False)
-    converted = ov.convert_model(program, **arguments)
+    converted = ov.convert_model(program, **{"extension": openvino_extensions(), **arguments})
     converted.inputs[0].get_tensor().set_names({"input"})
     converted.reshape([converted.input(0).partial_shape[0], 3, *inference.size])
     for output, name in zip(converted.outputs, _RAW, strict=True):

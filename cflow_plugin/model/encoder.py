@@ -1,6 +1,6 @@
 """The encoder of section 4.1: a pretrained, frozen network and the layers its feature pyramid is taken from."""
 
-__all__ = ["Encoder", "Padding"]
+__all__ = ["Encoder", "Padding", "Precision"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -14,12 +14,15 @@ from cflow_plugin.anomalib_patches.traced_checks import is_shape_check
 from cflow_plugin.errors import CflowError, first_line
 from cflow_plugin.model.backbones import IMAGENET, Feature, build, choose_layers, features_of, input_settings, named
 from cflow_plugin.model.filter_bank import FilterBank
+from cflow_plugin.model.quantized import MEASURED, quantize_convolutions
 
 _LARGE_ENOUGH = 64  # pixels, for every layer of every backbone
 
 _OVERLAPPING = 4  # pixels: up to this stride a network begins with convolutions that overlap or lose next to nothing
+_NO_WEIGHTS = ("num_batches_tracked", *MEASURED)  # ends of the names of what no file of weights need have
 
 Padding = Literal["zeros", "reflect"]
+Precision = Literal["float32", "int8"]
 
 
 class Encoder(nn.Module):
@@ -42,6 +45,8 @@ class Encoder(nn.Module):
             mirrored input, as in the original code's ResNets.
         image_size: Height and width of the images, in pixels. A size that the backbone's patches or windows do not
             divide is rounded, with a word. Without it images may have any size, if the backbone takes any.
+        precision: ``int8`` lets convolutions compute with 8-bit numbers, once
+            :func:`~cflow_plugin.model.quantized.measure_ranges` has seen images.
 
     Attributes:
         layers: Names of the layers.
@@ -67,6 +72,7 @@ class Encoder(nn.Module):
         neighbourhood: int | Sequence[int] | None = 1,
         padding: Padding = "zeros",
         image_size: Sequence[int] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -85,6 +91,8 @@ class Encoder(nn.Module):
             self._asked = layers, padding
             _, self.image_size = build(backbone, size, self._cut)
             self.input = input_settings(backbone)
+        if precision == "int8":
+            quantize_convolutions(self.network, backbone)
         self.network.requires_grad_(False)
         self.register_load_state_dict_pre_hook(_add_counters)
         self.eval()
@@ -248,7 +256,7 @@ class Encoder(nn.Module):
             weights: Tensors by their names.
         """
         return all(
-            name.endswith("num_batches_tracked") or (name in weights and weights[name].shape == tensor.shape)
+            name.endswith(_NO_WEIGHTS) or (name in weights and weights[name].shape == tensor.shape)
             for name, tensor in self.network.state_dict().items()
         )
 
@@ -265,7 +273,7 @@ class Encoder(nn.Module):
             CflowError: If a needed tensor is missing, not finite or of another shape.
         """
         needed = self.network.state_dict()
-        missing = [name for name in needed if name not in weights and not name.endswith("num_batches_tracked")]
+        missing = [name for name in needed if name not in weights and not name.endswith(_NO_WEIGHTS)]
         if missing:
             msg = (
                 f"{source} lacks {_enumerate(missing)}, which {self.backbone!r} needs for {', '.join(self.layers)}; "

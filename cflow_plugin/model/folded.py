@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import InferenceBatch
-from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
@@ -20,12 +19,13 @@ from torch.nn.utils import fuse_conv_bn_eval
 from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.flow import ConditionalFlow, CouplingBlock
 from cflow_plugin.model.position import positional_encoding_2d
+from cflow_plugin.model.quantized import CONVOLUTIONS, QuantizedConvolution, in_floating_point
 from cflow_plugin.model.scoring import AnomalyScoring, cells_inside
 from cflow_plugin.model.tiles import Span, Tiles
 from cflow_plugin.model.whole import WholeImage
 from cflow_plugin.modules import ModuleListOf, as_on, in_double
 
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not what is made of them: those that normalise their weights, for example
+_CONVOLUTIONS = (*CONVOLUTIONS, QuantizedConvolution)
 _KINDS = (*_CONVOLUTIONS, nn.BatchNorm2d)
 
 
@@ -331,9 +331,14 @@ def _fold_batch_norm(encoder: Encoder, images: torch.Tensor) -> Encoder:
         folded.set_submodule(convolution, fuse_conv_bn_eval(cast("nn.Conv2d", before), cast("nn.BatchNorm2d", behind)))
         # timm's own kind has an activation in it.
         folded.set_submodule(norm, getattr(behind, "act", nn.Identity()))
-    if pairs and not _agree(encoder(images), folded(images)):
+    with in_floating_point(encoder, folded):  # a value next to the middle of two may be rounded to either
+        is_same = not pairs or _agree(encoder(images), folded(images))
+    if not is_same:
         # Something that is no module takes a convolution's output, too, or the network looks into its layers.
         folded = deepcopy(encoder)
+    for module in folded.modules():
+        if isinstance(module, QuantizedConvolution):
+            module.fix()
     # Torch's convolutions run faster on channels that lie side by side, and the decoders want their vectors that way.
     return folded.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  a keyword it documents
 

@@ -10,7 +10,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.model.encoder import Encoder, Padding
+from cflow_plugin.model.encoder import Encoder, Padding, Precision
 from cflow_plugin.model.flow import ConditionalFlow, Permutation
 from cflow_plugin.model.folded import FoldedModel
 from cflow_plugin.model.position import positional_encoding_2d
@@ -21,6 +21,7 @@ from cflow_plugin.modules import ModuleListOf
 
 # How much image scores differ is told well enough by those of so many images, or of so many pixels of them.
 _FEWEST_SCORES, _MOST_PIXELS = 16, 128 * 256 * 256
+
 
 class CflowModel(nn.Module):
     """CFLOW-AD without anything about its training.
@@ -44,6 +45,7 @@ class CflowModel(nn.Module):
             :class:`~cflow_plugin.model.flow.Whitening`.
         tile_size: Larger images are seen in tiles of at most so many pixels in height and width. The image score is
             then read on as many pixels as in an image of 256×256, whatever the size.
+        encoder_precision: See :class:`~cflow_plugin.model.encoder.Encoder`.
 
     Raises:
         CflowError: If a setting is out of range, or the encoder cannot be built.
@@ -67,6 +69,7 @@ class CflowModel(nn.Module):
         image_size: Sequence[int] | None = None,
         flow_dimensions: int | None = None,
         tile_size: int | None = None,
+        encoder_precision: Precision = "float32",
     ) -> None:
         super().__init__()
         if flow_dimensions is not None and flow_dimensions < 2:
@@ -76,7 +79,8 @@ class CflowModel(nn.Module):
         self.tile_size = tile_size
         in_tiles = tile_size is not None and image_size is not None
         # It is never given more than a tile with its margins.
-        self.encoder = Encoder(backbone, layers, neighbourhood, padding, (256, 256) if in_tiles else image_size)
+        encoder_size = (256, 256) if in_tiles else image_size
+        self.encoder = Encoder(backbone, layers, neighbourhood, padding, encoder_size, encoder_precision)
         if tile_size is not None and image_size is not None:
             self._margin, self._strides = measure(self.encoder)
             self.encoder.image_size = (image_size[0], image_size[1])

@@ -38,8 +38,8 @@ class WholeImage(FullPrecision):
     :math:`\delta` how much further one image in ten times as many lies, so :math:`r` are decades of rarity. In the same
     way :math:`\delta_s` is how much further :math:`-\log(1 - s)` of one good image in ten times as many lies: so a
     decade counts the same, but for the weight, whether the map or the whole says it, and where the map tells good
-    images from others by far, the whole changes nothing. Since :math:`g` has an end, a change that shifts all images, as
-    of light or focus, leaves their order to the map.
+    images from others by far, the whole changes nothing. Since :math:`g` has an end, a change that shifts all images,
+    as of light or focus, leaves their order to the map.
 
     :math:`\hat\Sigma` is kept by its strongest directions; its other ones share their mean variance, as in
     probabilistic principal component analysis (Tipping and Bishop, 1999).

@@ -3,7 +3,6 @@
 __all__ = ["CflowPlugin"]
 
 import inspect
-import logging
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -14,7 +13,6 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
-from torch.utils.data import DataLoader
 
 from cflow_plugin.anomalib_patches.registration import publish
 from cflow_plugin.anomalib_patches.screen import keep_quiet
@@ -22,9 +20,8 @@ from cflow_plugin.decisions.post_processing import post_processing
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.deploy.export import FoldedExport
 from cflow_plugin.images.checking import ImageFileCheck
-from cflow_plugin.images.loading import images_in
 from cflow_plugin.model import weights as encoder_weights
-from cflow_plugin.model.encoder import Padding
+from cflow_plugin.model.encoder import Padding, Precision
 from cflow_plugin.model.flow import Permutation
 from cflow_plugin.model.scoring import Aggregation
 from cflow_plugin.model.torch_model import CflowModel
@@ -32,10 +29,10 @@ from cflow_plugin.training import checkpoints, optimization, resuming
 from cflow_plugin.training.best import KeepBest
 from cflow_plugin.training.calibration import Calibration
 from cflow_plugin.training.distributed import ScoreEveryImageOnce, join_processes
-from cflow_plugin.training.feature_bank import FeatureBank, VectorBatch
-from cflow_plugin.training.interest import set_interest
+from cflow_plugin.training.feature_bank import VectorBatch
 from cflow_plugin.training.loss import logged_loss
 from cflow_plugin.training.one_class import OneClassMixin
+from cflow_plugin.training.preparation import prepare
 from cflow_plugin.training.settings import (
     check_not_negative,
     check_positive,
@@ -44,10 +41,8 @@ from cflow_plugin.training.settings import (
     plan_run,
     refuse_tiler,
 )
-from cflow_plugin.training.summary import describe_run
-from cflow_plugin.training.vector_loader import TrainOnVectors, VectorLoader
+from cflow_plugin.training.vector_loader import TrainOnVectors
 
-logger = logging.getLogger(__name__)
 _OF_NETWORK = inspect.signature(CflowModel).parameters
 
 
@@ -61,6 +56,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         backbone: timm name of the encoder, a CNN or a transformer; `cflow-plugin encoders` lists them.
         layers: Layers to take features from, fine to coarse: names, numbers among timm's features, or ``stride8``. By
             default the paper's three, or those at strides 8, 16 and 32, or three blocks of a plain transformer.
+        encoder_precision: ``int8`` lets the convolutions of the encoder compute with 8-bit numbers, in training as in
+            exported files, see :mod:`~cflow_plugin.model.quantized`.
         pre_trained: Give the encoder trained weights: those of ``weights`` or else timm's; ``false``: no weights.
         weights: Local file or folder with the encoder's weights, for machines without a network.
         image_size: Height and width in pixels that images are resized to; rounded to what the encoder's patches take.
@@ -129,6 +126,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         self,
         backbone: str = "resnet18",
         layers: list[str | int] | None = None,
+        encoder_precision: Precision = "float32",
         pre_trained: bool = True,
         weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
@@ -199,7 +197,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         refuse_tiler(self.trainer)
         checkpoints.keep_last_epoch(self.trainer)
         best = KeepBest(self.calibration, self.progress.pace, lambda: self.progress.seed_of(self.trainer))
-        own = [ImageFileCheck(), TrainOnVectors(self.vectors_of), ScoreEveryImageOnce(), best, self.calibration]
+        vectors = TrainOnVectors(lambda images: prepare(self, images))
+        own = [ImageFileCheck(), vectors, ScoreEveryImageOnce(), best, self.calibration]
         return [*cast("Sequence[Callback]", super().configure_callbacks()), *own]
 
     def setup(self, stage: str) -> None:
@@ -215,47 +214,6 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         if self.model.encoder.source is None:
             self.model.encoder.check_size(self.hparams["image_size"])
             encoder_weights.load(self.model.encoder, self.hparams["weights"], self.hparams["pre_trained"])
-
-    def vectors_of(self, images: DataLoader[Any]) -> VectorLoader:
-        """What is trained on: feature vectors of the images, but for those that are held out for the thresholds.
-
-        Args:
-            images: Loader of training images.
-
-        Raises:
-            CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
-        """
-        seed = self.progress.seed_of(self.trainer)
-        if not (begun := self.progress.training_has_begun):
-            set_interest(self, images)
-        loader = VectorLoader(
-            self.reference.hold_out(images, self.post_processor, self.trainer, seed, begun),
-            self.features,
-            lambda bank: self._fit_gaussians(bank, loader),
-            lambda: self.current_epoch,
-            steps=self.hparams["steps_per_epoch"],
-            vectors_per_step=self.hparams["vectors_per_step"],
-            with_noise=self.hparams["noise"] > 0,
-            seed=seed,
-            unseen_share=self.hparams["unseen_share"],
-            rank=self.global_rank,
-            processes=self.trainer.world_size,
-            interest=self.model.scoring.interest,
-            one_by_one=self.model.tile_size is not None,
-        )
-        logger.info(describe_run(self, self.model, images_in(loader.images)))
-        self.calibration.begin(loader, self.reference.loader, lambda images: self.scored(self.prepared(images)))
-        return loader
-
-    def _fit_gaussians(self, bank: FeatureBank, loader: VectorLoader) -> None:
-        if self.progress.training_has_begun:
-            return
-        self.model.whole.fit(bank.means)
-        if self.hparams["whiten"]:
-            gain = getattr(self.pre_processor, "gain", 1.0)
-            changes = loader.changes(self.hparams["image_size"], self.hparams["camera_variation"], gain)
-            self.model.fit_whitening([features.flatten(0, 1) for features in bank.features], changes)
-        self.progress.training_has_begun = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the decoders, with the schedule asked for."""

@@ -36,9 +36,10 @@ from cflow_plugin.deploy.graph import convert_to_openvino, free_dimensions, with
 from cflow_plugin.deploy.quantization import compress, quantize
 from cflow_plugin.model.backbones import BACKBONES
 from cflow_plugin.model.encoder import Encoder
+from cflow_plugin.model.quantized import measure_ranges
 from cflow_plugin.training.lightning_model import CflowPlugin
 
-Model = Literal["CflowPlugin", "encoder", "Cflow", "Padim", "Spade"]
+Model = Literal["CflowPlugin", "CflowPlugin-int8", "encoder", "Cflow", "Padim", "Spade"]
 Runtime = Literal["torch", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime"]
 Precision = Literal["f32", "bf16", "f16", "int8", "int8-bf16"]
 
@@ -60,7 +61,8 @@ class Candidate:
     """One thing to time.
 
     Attributes:
-        model: ``CflowPlugin``, ``encoder`` (the encoder alone), ``Spade``, or anomalib's ``Cflow`` or ``Padim``.
+        model: ``CflowPlugin``, ``CflowPlugin-int8`` (its encoder computes in INT8 in every precision), ``encoder`` (the
+            encoder alone), ``Spade``, or anomalib's ``Cflow`` or ``Padim``.
         backbone: timm's name of the encoder.
         size: Height and width of the images.
         batch: Images at once.
@@ -152,8 +154,16 @@ def build_model(name: Model, backbone: str, size: int) -> AnomalibModule | Encod
         return EncoderAlone(backbone, size).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "CflowPlugin":
-            model = CflowPlugin(backbone=backbone, pre_trained=False, image_size=(size, size), visualizer=False)
+        if name in {"CflowPlugin", "CflowPlugin-int8"}:
+            model = CflowPlugin(
+                backbone=backbone,
+                encoder_precision="int8" if name == "CflowPlugin-int8" else "float32",
+                pre_trained=False,
+                image_size=(size, size),
+                visualizer=False,
+            )
+            with measure_ranges(model.model.encoder):
+                model.model.encoder(torch.rand(1, 3, size, size))
             model.model.scoring.log_maximum.zero_()
             model.model.whole.fit(torch.rand(_IMAGES, len(model.model.whole.mean)))
             return _with_thresholds(model.eval())
