@@ -27,8 +27,9 @@ def openvino_extensions() -> list[ConversionExtension]:
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The same for :func:`torch.onnx.export`, as its ``custom_translation_table``."""
-    from onnxscript import opset18 as onnx  # it takes its time, and only ONNX needs it
+    import onnxscript  # it takes its time, and only ONNX needs it
 
+    onnx: Any = onnxscript.opset18
     unsigned, signed = 2, 3  # ONNX's numbers of these formats
 
     def convert_input(values: Any, scale: float, zero: int) -> Any:
