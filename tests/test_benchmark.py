@@ -6,7 +6,7 @@ import yaml
 from rich.console import Console
 
 from cflow_plugin.commands.benchmark.candidates import Candidate, build_model, export_model, load, unavailable
-from cflow_plugin.commands.benchmark.report import left_out, print_table
+from cflow_plugin.commands.benchmark.report import left_out, print_fast_enough, print_table
 
 from .conftest import run_command
 
@@ -112,3 +112,29 @@ def test_what_is_left_out_is_summed_up():
     [few, many] = left_out({"a reason": ["x", "y"], "another": list("abcd")})
     assert few == "Left out, for a reason: x, y."
     assert many == "Left out, for another: 4 combinations, such as a."
+
+
+def test_what_is_fast_enough_is_named_the_most_accurate_first(capsys):
+    def row(model, backbone, precision, fps):
+        runtime = {"runtime": "openvino", "precision": precision, "executed": precision.upper()}
+        return {"model": model, "backbone": backbone, "size": 256, "fps": fps, **runtime}
+
+    rows = [
+        row("CflowPlugin", "tf_efficientnet_lite0", "f32", 90.0),
+        row("CflowPlugin", "resnet18", "f32", 30.0),
+        row("CflowPlugin-int8", "resnet18", "int8", 70.0),
+        row("CflowPlugin", "mobilenetv3_large_100", "f32", 99.0),
+        row("Padim", "resnet18", "f32", 200.0),
+    ]
+    console = Console(width=400)
+    print_fast_enough(rows, 60, console)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("-")]
+    assert [line.split("--model.backbone ")[1].split()[0] for line in lines] == [
+        "resnet18",
+        "tf_efficientnet_lite0",
+        "mobilenetv3_large_100",
+    ]
+    assert "--model.encoder_precision int8, exported with --compression_type int8_ptq" in lines[0]
+    assert "not measured" in lines[2]
+    print_fast_enough(rows, 150, console)
+    assert "No setting" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Figures of speed as a table on the screen, and as Markdown, CSV, JSON and a plot."""
 
-__all__ = ["left_out", "print_table", "write_report"]
+__all__ = ["left_out", "print_fast_enough", "print_table", "write_report"]
 
 import csv
 import itertools
@@ -38,6 +38,13 @@ _COLUMNS = {
     "peak_memory_mb": "peak memory MB",
     "export_seconds": "export s",
 }
+# Image AUROC, pixel AUROC and AUPRO as benchmarks/accuracy.py measured them, see docs/encoders.md.
+_ACCURACY = {
+    "resnet18": (0.970, 0.959, 0.881),
+    "tf_efficientnet_lite0": (0.963, 0.953, 0.798),
+    "tf_efficientnet_lite1": (0.963, 0.960, 0.833),
+    "tf_efficientnet_lite2": (0.962, 0.962, 0.836),
+}
 _VARIED = ("backbone", "size", "batch")
 _MAIN_COLUMNS = ("runtime", "precision", "p50_ms", "fps", "file_mb")
 _NAMED = 3  # combinations that are named one by one
@@ -59,6 +66,31 @@ def print_table(rows: list[dict], console: Console) -> None:
         varied = [key for key in _VARIED if len({row.get(key) for row in rows}) > 1]
         table = _table(rows, box.SIMPLE_HEAD, ["model", *varied, *_MAIN_COLUMNS])
     console.print(table)
+
+
+def print_fast_enough(rows: list[dict], fps: float, console: Console) -> None:
+    """Say with which settings CflowPlugin keeps up with a stream of images.
+
+    Args:
+        rows: What was measured.
+        fps: Images a second.
+        console: Where to.
+    """
+    own = [row for row in rows if row["model"].startswith("CflowPlugin") and row["fps"] >= fps]
+    if not own:
+        console.print(f"No setting of CflowPlugin among these reaches {fps:g} images a second here.")
+        return
+    # Of equal accuracy the one with time to spare.
+    own.sort(key=lambda row: (-sum(_ACCURACY.get(row["backbone"], (0.0,))), row["model"], -row["fps"]))
+    console.print(f"For {fps:g} images a second, the most accurate encoder first (mean of nine real sets, two scales):")
+    for row in own:
+        setting = f"--model.backbone {row['backbone']} --model.image_size [{row['size']},{row['size']}]"
+        setting += " --model.encoder_precision int8" if row["model"] == "CflowPlugin-int8" else ""
+        if row["precision"].startswith("int8"):
+            setting += ", exported with --compression_type int8_ptq"
+        known = _ACCURACY.get(row["backbone"])
+        quality = "accuracy not measured" if known is None else " / ".join(f"{value:.3f}" for value in known)
+        console.print(f"- {row['fps']:.0f} a second, {row['runtime']} {row['executed']}, {quality}: {setting}")
 
 
 def _table(rows: list[dict], style: box.Box, columns: Iterable[str]) -> Table:

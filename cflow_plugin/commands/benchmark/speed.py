@@ -30,7 +30,7 @@ from cflow_plugin.commands.benchmark.candidates import (
     load,
     unavailable,
 )
-from cflow_plugin.commands.benchmark.report import left_out, print_table, write_report
+from cflow_plugin.commands.benchmark.report import left_out, print_fast_enough, print_table, write_report
 from cflow_plugin.commands.machine import describe_machine, peak_resident_bytes
 from cflow_plugin.errors import CflowError
 
@@ -45,6 +45,7 @@ def benchmark(
     threads: int = 2,
     rounds: int = 5,
     seconds: float = 2.0,
+    for_fps: float | None = None,
     output: Path = Path("results/benchmarks/speed"),
 ) -> None:
     """Measure latency, throughput, memory, size and export time of models on this machine.
@@ -65,6 +66,8 @@ def benchmark(
         threads: Threads on a CPU.
         rounds: How often each combination has its turn.
         seconds: Length of a turn; a turn is at least three runs.
+        for_fps: Also say which of the settings of CflowPlugin are fast enough for so many images a second, the most
+            accurate first.
         output: Folder for the results.
     """
     if threads < 1 or rounds < 1 or not seconds > 0:
@@ -88,6 +91,8 @@ def benchmark(
         raise CflowError(message)
     report = {"machine": machine, "rounds": rounds, "seconds": seconds, "rows": rows, "left_out": skipped}
     print_table(rows, console)
+    if for_fps is not None:
+        print_fast_enough(rows, for_fps, console)
     write_report(report, output)
     console.print(f"Results are in {output.resolve()}.", soft_wrap=True)
 
