@@ -27,6 +27,7 @@ _COMMANDS = {
     "make-scenes": "cflow_plugin.commands.make_scenes",
     "monitor": "cflow_plugin.commands.monitor",
     "score": "cflow_plugin.commands.score",
+    "serve": "cflow_plugin.commands.serve",
     "watch": "cflow_plugin.commands.watch.watch",
 }
 

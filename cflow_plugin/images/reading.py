@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -41,19 +42,20 @@ class ImageFileError(CflowError):
         reason: Why, without the file's name.
     """
 
-    def __init__(self, path: str | os.PathLike, reason: str) -> None:
-        super().__init__(f"{path} cannot be used as an image: {reason}.")
+    def __init__(self, path: str | os.PathLike | BytesIO, reason: str) -> None:
+        name = "What was sent" if isinstance(path, BytesIO) else path
+        super().__init__(f"{name} cannot be used as an image: {reason}.")
         self.reason = reason
 
 
-def read_image(path: str | os.PathLike, bits: int = 8) -> np.ndarray:
+def read_image(path: str | os.PathLike | BytesIO, bits: int = 8) -> np.ndarray:
     """Read an image as anomalib does when it trains: by Pillow, converted to RGB.
 
     So grey values are repeated, transparency is dropped, a palette and CMYK are converted, a rotation noted in EXIF
     data is not applied, and of several pages the first one counts.
 
     Args:
-        path: The file; its content decides on the format, not its suffix.
+        path: The file, or its content; that decides on the format, not a suffix.
         bits: Bits of a value, as the model was trained on: 8, or more for a grey camera's 16-bit files, of which
             cameras often use 10, 12 or 14.
 
@@ -69,11 +71,11 @@ def read_image(path: str | os.PathLike, bits: int = 8) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
 
 
-def load_pixels(path: str | os.PathLike) -> np.ndarray:
+def load_pixels(path: str | os.PathLike | BytesIO) -> np.ndarray:
     """Read an image with as many bits as it has.
 
     Args:
-        path: The file.
+        path: The file, or its content.
 
     Returns:
         Shape ``(H, W, 3)``, red first: bytes, or of a grey image with more bits its 16-bit values.
@@ -159,7 +161,7 @@ def bits_in(images: Iterable[str | os.PathLike]) -> int:
 
 
 @contextmanager
-def _reasons(path: str | os.PathLike) -> Iterator[None]:
+def _reasons(path: str | os.PathLike | BytesIO) -> Iterator[None]:
     """Turn whatever Pillow raises into an :class:`ImageFileError`."""
     try:
         yield
@@ -168,7 +170,8 @@ def _reasons(path: str | os.PathLike) -> Iterator[None]:
     except _UnsuitableError as error:
         raise ImageFileError(path, str(error)) from None
     except UnidentifiedImageError as error:
-        what = "the file is empty" if Path(path).stat().st_size == 0 else "it is of no known image format, or damaged"
+        length = len(path.getbuffer()) if isinstance(path, BytesIO) else Path(path).stat().st_size
+        what = "it is of no known image format, or damaged" if length else "the file is empty"
         raise ImageFileError(path, what) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6

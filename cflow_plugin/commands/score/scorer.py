@@ -1,10 +1,12 @@
 """Images in, rows out: what both engines do with a batch."""
 
-__all__ = ["Scorer", "Settings"]
+__all__ = ["Scorer", "Settings", "Source"]
 
+import io
 import json
 import os
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +21,12 @@ from cflow_plugin.decisions.conformal import p_values
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.decisions.regions import find_regions
 from cflow_plugin.deploy.runtime import compile_exported
-from cflow_plugin.images.reading import ImageFileError, read_image
+from cflow_plugin.images.reading import ImageFileError, contradiction, read_image
 
 _READ_AHEAD = 2**29  # bytes of images that wait
+
+Source = str | bytes | np.ndarray
+"""An image: its file's path or content, or what :func:`~cflow_plugin.images.reading.read_image` makes of it."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,19 @@ class Scorer:
         self._ahead = len(self._queue)  # images in memory, until one has shown how large they are
         self._readers = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1)
 
-    def __call__(self, batch: list[str]) -> list[Row]:
+    def __call__(self, batch: Sequence[Source]) -> list[Row]:
         """Score a batch; whatever is wrong with an image becomes the error of its row.
 
         Args:
-            batch: Paths.
+            batch: Images.
 
         Returns:
-            A row for each, in this order.
+            A row for each, in this order; without a path where an image has none.
         """
         rows: list[Row | None] = [None] * len(batch)
         reading: deque[tuple[int, Future[np.ndarray | str]]] = deque()
-        for place, path in enumerate(batch):
-            reading.append((place, self._readers.submit(self._read, path)))
+        for place, source in enumerate(batch):
+            reading.append((place, self._readers.submit(self._read, source)))
             while len(reading) > self._ahead:
                 self._start(batch, rows, *reading.popleft())
         while reading:
@@ -88,29 +93,37 @@ class Scorer:
         except RuntimeError:  # of an image, but it does not say of which; those without a row are tried one by one
             self._queue = ov.AsyncInferQueue(self._alone.get_compiled_model())
             self._queue.set_callback(self._keep)
-        return [row or self._once_more(path) for row, path in zip(rows, batch, strict=True)]
+        return [row or self._once_more(source) for row, source in zip(rows, batch, strict=True)]
 
-    def _read(self, path: str) -> np.ndarray | str:
+    def _read(self, source: Source) -> np.ndarray | str:
         try:
-            return read_image(self.settings.root / path, self._bits)
+            if isinstance(source, np.ndarray):
+                return contradiction(source, self._bits) or source
+            return read_image(
+                io.BytesIO(source) if isinstance(source, bytes) else self.settings.root / source, self._bits
+            )
         except ImageFileError as error:
             return f"cannot be used as an image: {error.reason}"
 
-    def _start(self, batch: list[str], rows: list[Row | None], place: int, reader: Future[np.ndarray | str]) -> None:
+    def _start(
+        self, batch: Sequence[Source], rows: list[Row | None], place: int, reader: Future[np.ndarray | str]
+    ) -> None:
         image = reader.result()
         if isinstance(image, str):
-            rows[place] = Row(batch[place], error=image)
+            rows[place] = Row(_path(batch[place]), error=image)
             return
         self._ahead = max(1, min(2 * len(self._queue) + 2, _READ_AHEAD // max(1, image.nbytes)))
         with suppress(RuntimeError):  # without a row it is tried again, alone
             self._queue.start_async([image[None]], (batch, rows, place, image.shape[:2]))
 
-    def _keep(self, request: ov.InferRequest, job: tuple[list[str], list[Row | None], int, tuple[int, int]]) -> None:
+    def _keep(
+        self, request: ov.InferRequest, job: tuple[Sequence[Source], list[Row | None], int, tuple[int, int]]
+    ) -> None:
         batch, rows, place, size = job
-        rows[place] = self._row(batch[place], request, size)
+        rows[place] = self._row(_path(batch[place]), request, size)
 
-    def _once_more(self, path: str) -> Row:
-        image = self._read(path)
+    def _once_more(self, source: Source) -> Row:
+        image, path = self._read(source), _path(source)
         if isinstance(image, str):
             return Row(path, error=image)
         try:
@@ -135,6 +148,10 @@ class Scorer:
     def close(self) -> None:
         """End the threads."""
         self._readers.shutdown(cancel_futures=True)
+
+
+def _path(source: Source) -> str:
+    return source if isinstance(source, str) else ""
 
 
 def _png(anomaly_map: np.ndarray) -> bytes:
