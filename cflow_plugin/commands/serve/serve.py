@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from cflow_plugin.commands.cluster import connected
 from cflow_plugin.commands.score.scorer import Settings
 from cflow_plugin.deploy.runtime import read_exported
 from cflow_plugin.errors import CflowError
@@ -69,7 +70,6 @@ def serve(
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
     try:
-        import ray
         from ray import serve as ray_serve
 
         from cflow_plugin.commands.serve.service import make_service
@@ -85,22 +85,20 @@ def serve(
         del number, frame
         stop.set()
 
-    own = address is None
-    ray.init(address=address, include_dashboard=False if own else None, logging_level=logging.WARNING)
-    try:
-        ray_serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-        ray_serve.run(make_service(settings, replicas, token), name="cflow_plugin", route_prefix="/")
-        for name in found:
-            logger.info("http://%s:%d/score/%s", host, port, name)
-        if token is not None and not os.environ.get(TOKEN):
-            logger.info("Clients send this header: Authorization: Bearer %s", token)
-        logger.info("Serving. Ctrl-C ends it.")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, end)
-        stop.wait()
-    finally:
-        ray_serve.shutdown()
-        ray.shutdown()
+    with connected(address):
+        try:
+            ray_serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+            ray_serve.run(make_service(settings, replicas, token), name="cflow_plugin", route_prefix="/")
+            for name in found:
+                logger.info("http://%s:%d/score/%s", host, port, name)
+            if token is not None and not os.environ.get(TOKEN):
+                logger.info("Clients send this header: Authorization: Bearer %s", token)
+            logger.info("Serving. Ctrl-C ends it.")
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, end)
+            stop.wait()
+        finally:
+            ray_serve.shutdown()
 
 
 def _find(models: Path) -> dict[str, Path]:
