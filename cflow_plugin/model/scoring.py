@@ -27,6 +27,9 @@ _OFTEN, _RARELY = 0.1, 0.001
 _RATE = 0.2
 # Good cells may all be alike, as in images of one colour; a shorter decade (nats per dimension) is not believed.
 _SHORTEST_DECADE = 1e-3
+# To images that were not trained on so many are added that found the usual: of two scales the finer one, with four
+# times as many cells, counts three times as much.
+_USUAL_COUNTS, _PER_CELL = 3, math.log(3, 4)
 # The image score is read on every fourth pixel: the map is smooth at that distance, and the selection 16 times cheaper.
 _SCORE_STRIDE = 4
 # About what a typical good cell has: a scale that sees nothing must not silence another that does.
@@ -52,7 +55,8 @@ class AnomalyScoring(FullPrecision):
 
     So both scales must be surprised, and the one whose good cells differ less says where: :math:`\tau` is the length
     of their distribution's tail, the noise that an anomaly has to stand out from, and weights inverse to the squared
-    noise are those of the best linear combination of independent measurements.
+    noise are those of the best linear combination of independent measurements. Where few images say how long the tails
+    are, the weights lean towards what is usual.
 
     ``probability``: the paper's sum of probabilities, :math:`S = 1 - \frac{1}{K} \sum_k b(p^k)` with :math:`\tau = 1`
     and :math:`m` the upper quantile of :math:`\ell - e` over training features. Dividing by K keeps scores below one:
@@ -107,6 +111,8 @@ class AnomalyScoring(FullPrecision):
         self.temperature: torch.Tensor
         self.register_buffer("log_maximum", torch.full((scales,), float("nan")))
         self.register_buffer("temperature", torch.ones(scales))
+        self.weights: torch.Tensor
+        self.register_buffer("weights", torch.full((scales,), 1 / scales))
         for scale in range(scales):
             # Of the map's size once it is known; one cell stands for every size.
             self.register_buffer(f"correction_{scale}", torch.zeros(1, 1))
@@ -146,12 +152,23 @@ class AnomalyScoring(FullPrecision):
             decade = (often - rarely) / math.log10(_OFTEN / _RARELY)
             self.log_maximum[scale] = often - math.log10(_OFTEN) * decade
             self.temperature[scale] = decade.clamp_min(_SHORTEST_DECADE) / _RATE
+        if self.aggregation == "surprise":
+            self._weigh([values.shape[1:] for values in log_likelihoods], 0 if unseen is None else len(unseen[0]))
 
-    @property
-    def weights(self) -> torch.Tensor:
-        """What each scale counts in the map, ``(K,)``; the sum is one."""
-        weights = self.temperature**-2 if self.aggregation == "surprise" else torch.ones_like(self.temperature)
-        return weights / weights.sum()
+    def _weigh(self, sizes: Sequence[torch.Size], images: int) -> None:
+        """What each scale counts in the map: the inverse square of how far good cells go astray.
+
+        How far they do is known as well as there are images that were not trained on. With few the weights lean towards
+        what held on average of many sets, that a finer scale counts more.
+
+        Args:
+            sizes: Of the scales' feature maps.
+            images: Number of images that were not trained on.
+        """
+        cells = torch.tensor([math.prod(size) for size in sizes]).to(self.temperature)
+        usual = _PER_CELL * cells.log()
+        found = -2 * self.temperature.log()
+        self.weights.copy_(torch.softmax((images * found + _USUAL_COUNTS * usual) / (images + _USUAL_COUNTS), 0))
 
     def log_normalizer(self, scale: int, size: tuple[int, int]) -> torch.Tensor:
         """The constants :math:`e_i^k + m_k` of one scale, ``(H_k, W_k)``, for a feature map of this size."""
@@ -339,5 +356,7 @@ def means_inside(pyramid: Sequence[torch.Tensor], cells: Sequence[torch.Tensor])
 
 
 def _look_at_all(scoring: AnomalyScoring, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of an older release has no region of interest."""
+    """A checkpoint of an older release has no region of interest, and no weights of its own."""
+    temperature = state_dict.get(f"{prefix}temperature", scoring.temperature)
+    state_dict.setdefault(f"{prefix}weights", torch.softmax(-2 * temperature.log(), 0))
     state_dict.setdefault(f"{prefix}interest", torch.ones(1, 1, dtype=torch.bool, device=scoring.interest.device))
