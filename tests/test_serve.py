@@ -15,10 +15,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import openvino as ov
 import psutil
 import pytest
 
 from cflow_plugin import CflowError
+from cflow_plugin.commands.make_repository import make_repository
 from cflow_plugin.commands.score.parts import Row
 from cflow_plugin.commands.serve.protocol import RequestError, answer, image_of
 from cflow_plugin.commands.serve.serve import serve
@@ -137,6 +139,27 @@ def test_models_that_cannot_be_served(tmp_path):
         serve(one, replicas=0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(CflowError, match="another --port"):
         serve(one, port=taken.getsockname()[1])
+
+
+def test_a_repository_for_other_servers(tmp_path):
+    (tmp_path / "models/line2/weights").mkdir(parents=True)
+    save_brightness_model(tmp_path / "models/line1.xml")
+    save_brightness_model(tmp_path / "models/line2/weights/model.xml")
+    repository = tmp_path / "repository"
+    make_repository(tmp_path / "models", repository)
+    listed = json.loads((repository / "config.json").read_text())["model_config_list"]
+    assert [entry["config"] for entry in listed] == [
+        {"name": name, "base_path": f"/models/{name}"} for name in ("line1", "line2")
+    ]
+    for name in ("line1", "line2"):
+        model = ov.Core().read_model(repository / name / "1/model.xml")
+        text = (repository / name / "config.pbtxt").read_text()
+        assert text.startswith(f'name: "{name}"\nbackend: "openvino"\n')
+        for port in [*model.inputs, *model.outputs]:
+            assert f'name: "{port.get_any_name()}"' in text
+        assert "dims: [-1, 3, -1, -1]" in text
+    with pytest.raises(CflowError, match="there already"):
+        make_repository(tmp_path / "models", repository)
 
 
 class Service:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "encoders": "cflow_plugin.commands.encoders",
     "import-checkpoint": "cflow_plugin.commands.import_checkpoint",
     "make-masks": "cflow_plugin.commands.make_masks",
+    "make-repository": "cflow_plugin.commands.make_repository",
     "make-scenes": "cflow_plugin.commands.make_scenes",
     "monitor": "cflow_plugin.commands.monitor",
     "score": "cflow_plugin.commands.score",

@@ -1,6 +1,6 @@
 """Serve exported models to many clients."""
 
-__all__ = ["serve"]
+__all__ = ["find_models", "serve"]
 
 import ipaddress
 import logging
@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -62,7 +63,7 @@ def serve(
         if value is not None and value < 1:
             message = f"--{name} must be at least 1, got {value}."
             raise CflowError(message)
-    found = _find(models)
+    found = find_models(models)
     for path in found.values():
         read_exported(path)  # raises before anything is started
     token = _token(host)
@@ -101,9 +102,17 @@ def serve(
             ray_serve.shutdown()
 
 
-def _find(models: Path) -> dict[str, Path]:
-    """Exported files by the names that they are served under."""
-    files = [models] if models.is_file() else sorted([*models.rglob("*.xml"), *models.rglob("*.onnx")])
+def find_models(models: Path, suffixes: Sequence[str] = ("xml", "onnx")) -> dict[str, Path]:
+    """Exported files by the names that they are served under.
+
+    Args:
+        models: One of them, or a folder with files or folders, each of which holds one.
+        suffixes: What their names end in.
+
+    Raises:
+        CflowError: If there are none, or two of one name, or a name that is none.
+    """
+    files = [models] if models.is_file() else sorted(path for end in suffixes for path in models.rglob(f"*.{end}"))
     if not files:
         message = f"There is no exported model in {models}; `anomalib export --model CflowPlugin` writes one."
         raise CflowError(message)
