@@ -84,8 +84,9 @@ class FoldedExport(_Base):
             "verbose": False,
             "dynamic_shapes": free_dimensions(input_size, batch),
             "external_data": size > _ONE_FILE,
-            "custom_translation_table": onnx_translations(),
         }
+        if self.hparams.get("encoder_precision") == "int8":
+            defaults["custom_translation_table"] = onnx_translations()
         options = {**defaults, **kwargs}
         path = _folder(export_root, ExportType.ONNX) / f"{model_file_name}.onnx"
         with atomic_folder(path.parent, last=path.name) as partial:
