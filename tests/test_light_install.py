@@ -38,6 +38,7 @@ def test_its_packages_are_ours():
         (["--help"], 0, "monitor"),
         (["watch", "--help"], 0, "--follow"),
         (["check", "--help"], 0, "--checkpoint"),
+        (["recalibrate", "--help"], 0, "--rate"),
         (["encoders"], 1, "only runs exported files"),
         (["monitor", "--recent", "a.csv", "--reference", "a.ckpt"], 1, "only runs exported files"),
     ],

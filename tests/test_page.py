@@ -2,15 +2,22 @@
 
 import http.client
 import json
+import math
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import yaml
+from scipy.stats import chisquare
 
 from cflow_plugin import CflowError
+from cflow_plugin.commands.watch.arrivals import Arrival
+from cflow_plugin.commands.watch.journal import Result
+from cflow_plugin.commands.watch.page import Review
 from cflow_plugin.commands.watch.watch import watch
 
 from .test_follow import Running, folder, model, picture, table, until  # noqa: F401  fixtures
@@ -26,9 +33,10 @@ class Page:
         caplog.set_level("INFO")
         (folder / "dark.png").write_bytes(picture(100))
         (folder / "light.png").write_bytes(picture(200))
-        self.folder, self.output = folder, output
-        self.running = Running(model, str(folder), output, limit=3, overlays=False, page=0, **settings)
-        until(lambda: len(table(output)) == 2 and "The page is at" in caplog.text)
+        self.folder, self.output, self.model = folder, output, model
+        settings = {"limit": 3, "overlays": False, "page": 0, **settings}
+        self.running = Running(model, str(folder), output, **settings)
+        until(lambda: len(table(output)) == len(list(folder.iterdir())) and "The page is at" in caplog.text)
         self.address, self.port, self.token = re.search(
             r"The page is at (http://[\d.]+:(\d+)/)(?:\?token=(\S+))?", caplog.text
         ).groups()
@@ -62,6 +70,10 @@ def marked(**changes):
     return json.dumps({**MARK, **changes}).encode()
 
 
+def wished(**wish):
+    return json.dumps({"who": "Ada", **wish}).encode()
+
+
 BAD = [
     *[("GET", path, None, {}, 404) for path in ("/x", "/../page.html", "/%2e%2e/%2e%2e/etc/passwd", "/page.py")],
     *[("GET", path, None, {}, 404) for path in ("/image/99", "/image/x", "/image/-1", "/image/1/../2", "/page.html")],
@@ -81,6 +93,19 @@ BAD = [
     *[("POST", "/api/mark", marked(who=who), JSON, 400) for who in ("", " ", "a" * 81, "a\nb", "\x00", 7)],
     ("POST", "/api/mark", marked(more=1), JSON, 400),
     *[("POST", "/api/mark", marked(number=number), JSON, 404) for number in (99, -1, 10**30)],
+    *[("GET", f"/drawn/{name}", None, {}, 404) for name in ("x.png", "..", "%2e%2e%2f%2e%2e%2flog.csv", "a/b")],
+    *[("GET", f"/api/{act}", None, {}, 405) for act in ("judge", "measure", "use", "recalibrate")],
+    *[("POST", f"/api/{act}", b"{}", JSON, 400) for act in ("judge", "measure", "use", "recalibrate")],
+    *[("POST", f"/api/{act}", b"{}", {}, 415) for act in ("judge", "measure", "use", "recalibrate")],
+    ("POST", "/api/judge", wished(name="../../x.png", what="good"), JSON, 404),
+    ("POST", "/api/judge", wished(name=["1_dark.png"], what="good"), JSON, 400),
+    ("POST", "/api/judge", wished(name="1_dark.png", what="../good"), JSON, 400),
+    *[("POST", "/api/use", wished(model=name), JSON, 409) for name in ("none.xml", "../model.xml", "/etc/passwd", "")],
+    ("POST", "/api/use", wished(model=7), JSON, 400),
+    ("POST", "/api/measure", wished(model="none.xml"), JSON, 409),
+    ("POST", "/api/measure", wished(model="model.xml"), JSON, 409),  # nothing was looked at
+    *[("POST", "/api/recalibrate", wished(rate=rate), JSON, 400) for rate in (0, 1.5, -0.1, "0.1", None, True)],
+    ("POST", "/api/recalibrate", wished(rate=0.1), JSON, 409),
 ]
 
 
@@ -98,7 +123,9 @@ def test_bad_requests(page):
     assert page.ask("GET", "/api/state")[0] == 200
     assert slow.recv(100).startswith(b"HTTP/1.1 408")
     slow.close()
-    assert not (page.output / "review").exists()
+    drawn = ["1_dark.png", "2_light.png"]
+    assert sorted(path.name for path in (page.output / "review").rglob("*") if path.is_file()) == drawn
+    assert not list(page.model.parent.glob("*recalibrated*"))
 
 
 def test_what_it_tells_and_what_is_marked(page):
@@ -125,6 +152,94 @@ def test_what_it_tells_and_what_is_marked(page):
     assert (page.output / "review/defect/1_dark.png").read_bytes() == picture(100)
     log = (page.output / "review/log.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[1:3] for line in log[1:]] == [["Ada", "good after all"], ["Æsa =1+1", "defect missed"]]
+
+
+def test_a_sample_sets_the_threshold_anew(model, folder, tmp_path, caplog):  # noqa: F811
+    """From the draw to a restart with the new file; what is expected is counted by hand."""
+    (tmp_path / "models").mkdir()
+    for file in model.parent.iterdir():
+        shutil.copyfile(file, tmp_path / "models" / file.name)
+    own, output = tmp_path / "models/model.xml", tmp_path / "out"
+    for shade in range(110, 148):
+        (folder / f"{shade}.png").write_bytes(picture(shade))
+    page = Page(own, folder, output, caplog, limit=43, sample=25)  # 40 images are there
+
+    def state():
+        return json.loads(page.ask("GET", "/api/state")[1])
+
+    def post(act, **wish):
+        status, text, _ = page.ask("POST", f"/api/{act}", wished(**wish), JSON)
+        return status, json.loads(text)
+
+    until(lambda: state()["scored"] == 40)
+    sample = state()["sample"]
+    assert (sample["left"], sample["good"], sample["defect"]) == (25, 0, 0)
+    shown = cv2.imdecode(np.frombuffer(page.ask("GET", f"/drawn/{sample['next']}")[1], np.uint8), cv2.IMREAD_COLOR)
+    assert shown.shape == (8, 8, 3)
+    assert post("judge", name=sample["next"], what="defect")[0] == 200
+    assert post("judge", name=sample["next"], what="good")[0] == 404  # was looked at
+    (folder / "148.png").write_bytes(picture(148))
+    until(lambda: state()["scored"] == 41)
+    assert state()["sample"]["left"] == 24  # drawing has ended
+    status, refused = post("recalibrate", rate=0.1)
+    assert (status, "whole sample" in refused["error"]) == (409, True)
+    good = []
+    while name := state()["sample"]["next"]:
+        assert post("judge", name=name, what="good")[0] == 200
+        good.append(cv2.imread(str(output / "review/sample/good" / name))[0, 0, 0] / 255)
+    status, refused = post("recalibrate", rate=0.01)
+    assert (status, "needs at least 99" in refused["error"]) == (409, True)
+    status, made = post("recalibrate", rate=0.1)
+    threshold = sorted(good)[23 - 1]  # of 25 ranks 2.5 may lie above
+    assert status == 200
+    assert made["threshold"] == pytest.approx(threshold, abs=1e-6)
+    assert (made["images"], made["alarms"]) == (24, sum(value > 0.5 for value in good))
+
+    models = {found["name"]: found for found in state()["models"]}
+    assert models["model.xml"]["in_use"]
+    figures = models[made["name"]]["figures"]
+    assert (figures["good"], figures["defect"], figures["alarms"]) == (24, 1, 1)
+    assert models["model.xml"]["figures"]["alarms"] == made["alarms"]
+    assert own.read_bytes() == model.read_bytes()
+    assert post("use", model=made["name"])[0] == 200
+    between = int(np.ceil(255 * threshold)) - 1  # below the new threshold, above the old one
+    (folder / "next.png").write_bytes(picture(between))
+    until(lambda: state()["scored"] == 42)
+    assert [(row["image"], row["anomalous"]) for row in table(output)] == [("next.png", "0")]
+    assert between > 128
+    assert {found["name"] for found in state()["models"] if found["in_use"]} == {made["name"]}
+    assert post("use", model="model.xml")[0] == 200  # back, and forth again
+    assert post("use", model=made["name"])[0] == 200
+    page.end()
+    log = (output / "review/log.csv").read_text().splitlines()
+    assert [line.split(",")[2] for line in log].count("to be used") == 3
+    config = yaml.safe_load((output / "review/retrain.yaml").read_text())["data"]["init_args"]
+    [folder_of_good] = config["normal_dir"]
+    assert len(list((Path(config["root"]) / folder_of_good).glob("*.png"))) == 24
+    assert len(list((Path(config["root"]) / config["abnormal_dir"][0]).glob("*.png"))) == 1
+
+    caplog.clear()
+    (folder / "again.png").write_bytes(picture(between))
+    watch(own, str(folder), output, follow=True, limit=1)
+    assert "Goes on with" in caplog.text
+    assert table(output)[-1]["anomalous"] == "0"
+
+
+def test_each_image_is_drawn_with_the_same_chance(tmp_path):
+    """Counted over many watches; with a restart in the middle, each of which draws as one without would have."""
+    counts = np.zeros(60)
+    image = np.zeros((2, 2, 3), np.uint8)
+    for draw in range(300):
+        review = Review(tmp_path / f"{draw}", 6, f"journal {draw}")
+        for number in range(1, 61):
+            if number == 30:
+                review = Review(tmp_path / f"{draw}", 6, f"journal {draw}")
+            review.offer(Result(number, f"{number}.png", "", 0.0), Arrival(f"{number}.png", "", None, 0.0, image))
+        drawn = [int(path.name.split("_")[0]) for path in (tmp_path / f"{draw}/sample/drawn").iterdir()]
+        assert len(drawn) == 6
+        counts[np.array(drawn) - 1] += 1
+    assert chisquare(counts).pvalue > 1e-4
+    assert counts[:30].sum() == pytest.approx(900, abs=4 * math.sqrt(1800 / 4))
 
 
 def test_a_token_is_asked_for_where_others_can_reach_it(model, folder, tmp_path, caplog):  # noqa: F811

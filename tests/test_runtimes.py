@@ -152,7 +152,7 @@ def test_fifty_images_in_every_runtime(bits, trained, export, camera_file, train
     for kind, file in files.items():
         read = ov.Core().read_model(file)
         runtimes = runtimes_for(file, read, model if kind == "onnx" else None)
-        if kind == "xml":
+        if kind != "onnx":
             scorer = compile_exported(file, "CPU", "f32")
             runtimes.append(
                 Runtime("score and watch", lambda scorer=scorer: lambda pixels: result_of(scorer([pixels[None]])))
@@ -296,6 +296,16 @@ def test_pre_processing_that_a_file_cannot_do(step, words, tmp_path):
 def test_benchmark_app_runs_as_it_is(export, tmp_path):
     command = ["benchmark_app", "-m", export((64, 64)), "-niter", "2", "-d", "CPU"]
     assert "Throughput" in run_command(*command, cwd=tmp_path)
+
+
+@pytest.mark.long
+def test_camera_bytes_of_a_fixed_size_take_others_in_watch_and_score(trained, export, pictures, tmp_path):
+    camera = trained.to_openvino(tmp_path, input_size=(64, 64), ov_kwargs={"camera_bytes": True})
+    own, other = (compile_exported(file, "CPU", "f32") for file in (export((64, 64)), camera))
+    for path in pictures:
+        found, wanted = (scorer([pixels_of(path)[None]]) for scorer in (other, own))
+        np.testing.assert_allclose(found["pred_score"], wanted["pred_score"], atol=1e-5)
+        np.testing.assert_allclose(found["anomaly_map"], wanted["anomaly_map"], atol=1e-5)
 
 
 @pytest.mark.long

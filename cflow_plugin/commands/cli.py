@@ -27,6 +27,7 @@ _COMMANDS = {
     "make-repository": "cflow_plugin.commands.make_repository",
     "make-scenes": "cflow_plugin.commands.make_scenes",
     "monitor": "cflow_plugin.commands.monitor",
+    "recalibrate": "cflow_plugin.commands.recalibrate",
     "score": "cflow_plugin.commands.score",
     "serve": "cflow_plugin.commands.serve",
     "watch": "cflow_plugin.commands.watch.watch",

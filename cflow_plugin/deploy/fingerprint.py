@@ -11,7 +11,6 @@ __all__ = [
     "size_of",
     "size_of_pattern",
     "stored_types",
-    "takes_bytes",
     "tensor_of",
 ]
 
@@ -22,6 +21,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as operations
 
+from cflow_plugin.deploy.openvino_input import takes_bytes
 from cflow_plugin.deploy.runtime import bits_of
 
 FINGERPRINT = "cflow_plugin_fingerprint"
@@ -90,15 +90,6 @@ def tensor_of(pixels: NDArray[Any]) -> NDArray[np.float32]:
     """
     highest = np.float32({"uint8": 255, "uint16": 65535}.get(pixels.dtype.name, 1))
     return np.divide(np.ascontiguousarray(pixels[..., ::-1].transpose(2, 0, 1)[None]), highest, dtype=np.float32)
-
-
-def takes_bytes(model: ov.Model) -> bool:
-    """Whether a file takes images as cameras give them, ``(1, H, W, 3)`` in whole numbers.
-
-    Args:
-        model: As OpenVINO reads it.
-    """
-    return model.input(0).element_type != ov.Type.f32
 
 
 def size_of(model: ov.Model) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ Both are plain arithmetic, which means the same in every runtime. OpenVINO's own
 image's size is left open) mixes up the lower half of 3000×4000 pixels.
 """
 
-__all__ = ["take_bytes", "take_other_sizes"]
+__all__ = ["take_bytes", "take_other_sizes", "takes_bytes"]
 
 from typing import Any
 
@@ -29,27 +29,41 @@ def take_bytes(model: ov.Model, bits: int = 8) -> None:
     _put_before(model, new, operations.divide(operations.convert(red_first, "f32"), np.float32(highest)))
 
 
+def takes_bytes(model: ov.Model) -> bool:
+    """Whether a file takes images as cameras give them, ``(B, H, W, 3)`` in whole numbers.
+
+    Args:
+        model: As OpenVINO reads it.
+    """
+    return model.input(0).element_type != ov.Type.f32
+
+
 def take_other_sizes(model: ov.Model, interpolation: str, size: tuple[int, int] | None = None) -> None:
     """Let a model resize the images that it is given to the size that it takes.
 
     Args:
-        model: Its input is ``(B, 3, H, W)`` with H and W fixed; it is changed.
+        model: Its input is ``(B, 3, H, W)``, or ``(B, H, W, 3)`` in whole numbers, with H and W fixed; it is changed.
         interpolation: ``bilinear`` or ``bicubic``.
         size: Height and width of the images that it is to be given; ``None`` for any.
     """
     old = model.get_parameters()[0]
-    shape = old.get_partial_shape()
-    wanted = (shape[2].get_length(), shape[3].get_length())
-    free = [ov.Dimension(), ov.Dimension()] if size is None else [ov.Dimension(side) for side in size]
-    new = operations.parameter(ov.PartialShape([shape[0], shape[1], *free]), ov.Type.f32)
-    new.set_layout(ov.Layout("NCHW"))
+    last = takes_bytes(model)  # the channels
+    shape = list(old.get_partial_shape())
+    axes = (1, 2) if last else (2, 3)
+    wanted = [shape[axis].get_length() for axis in axes]
+    for axis, side in zip(axes, size or (None, None), strict=True):
+        shape[axis] = ov.Dimension() if side is None else ov.Dimension(side)
+    new = operations.parameter(ov.PartialShape(shape), old.get_element_type())
+    new.set_layout(ov.Layout("NHWC" if last else "NCHW"))
     given = operations.shape_of(new, "i64")
     rows, columns = (
         _weights(operations.gather(given, np.int64(axis), np.int64(0)), length, interpolation)
-        for axis, length in zip((2, 3), wanted, strict=True)
+        for axis, length in zip(axes, wanted, strict=True)
     )
-    across = operations.matmul(new, columns, False, True)
-    _put_before(model, new, operations.matmul(rows, across, False, False))
+    planes = operations.transpose(operations.convert(new, "f32"), np.array([0, 3, 1, 2])) if last else new
+    across = operations.matmul(planes, columns, False, True)
+    resized = operations.matmul(rows, across, False, False)
+    _put_before(model, new, operations.transpose(resized, np.array([0, 2, 3, 1])) if last else resized)
 
 
 def _put_before(model: ov.Model, new: Any, prepared: Any) -> None:

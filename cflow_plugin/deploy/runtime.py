@@ -20,7 +20,7 @@ import openvino as ov
 
 from cflow_plugin.decisions.region_files import REGIONS_KEY, region_settings_of
 from cflow_plugin.decisions.regions import RegionSettings
-from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes
+from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes, takes_bytes
 from cflow_plugin.errors import CflowError
 
 BITS = "cflow_plugin_bits"
@@ -132,9 +132,11 @@ def read_exported(path: Path) -> ov.Model:
     # quarter of all compilations of one with the filter bank, none of one with ResNet-18.
     shape[0] = 1
     model.reshape(shape)
-    if shape[2].is_static:
+    bytes_already = takes_bytes(model)
+    if shape[1 if bytes_already else 2].is_static:
         take_other_sizes(model, encoder.get("interpolation", "bilinear"))
-    take_bytes(model, bits_of(model))
+    if not bytes_already:
+        take_bytes(model, bits_of(model))
     return model
 
 

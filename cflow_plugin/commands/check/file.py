@@ -18,9 +18,9 @@ from cflow_plugin.deploy.fingerprint import (
     fingerprint_of,
     size_of,
     stored_types,
-    takes_bytes,
 )
 from cflow_plugin.deploy.model_info import model_info
+from cflow_plugin.deploy.openvino_input import takes_bytes
 from cflow_plugin.deploy.runtime import bits_of, note_of
 from cflow_plugin.errors import CflowError
 

@@ -15,7 +15,8 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from cflow_plugin.deploy.fingerprint import Result, result_of, takes_bytes, tensor_of
+from cflow_plugin.deploy.fingerprint import Result, result_of, tensor_of
+from cflow_plugin.deploy.openvino_input import takes_bytes
 from cflow_plugin.deploy.runtime import bits_of
 
 Run = Callable[[NDArray[Any]], Result]

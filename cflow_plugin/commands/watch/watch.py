@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 from rich.progress import Progress
 
-from cflow_plugin.commands.watch.follow import JOURNAL, Following, follow_source
+from cflow_plugin.commands.watch.follow import JOURNAL, follow_source
+from cflow_plugin.commands.watch.judging import Following
 from cflow_plugin.commands.watch.overlay import overlay, set_aside, write_picture
 from cflow_plugin.commands.watch.score_plot import plot_scores
 from cflow_plugin.commands.watch.sources import CameraLostError, open_source
@@ -59,6 +60,7 @@ def watch(
     mqtt: str | None = None,
     page: int | None = None,
     host: str = "127.0.0.1",
+    sample: int = 100,
 ) -> None:
     """Score images as they come, with an exported model.
 
@@ -100,12 +102,27 @@ def watch(
         page: With follow: serve a page that shows what the watch sees, on this port; 0 takes a free one.
         host: Address that the page listens on. If others can reach it, they need the token that is printed then, or
             stands in CFLOW_PLUGIN_PAGE_TOKEN.
+        sample: With page: draw so many images at random, to look at and set the threshold by anew; 0 for none.
     """
     if follow:
         if show or truth is not None:
             message = "--show and --truth are for a source that has an end; leave them out with --follow true."
             raise CflowError(message)
-        wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure, webhook, mqtt, page, host)
+        wishes = (
+            overlays,
+            device,
+            precision,
+            limit,
+            smoothing,
+            threshold,
+            sort,
+            unsure,
+            webhook,
+            mqtt,
+            page,
+            host,
+            sample,
+        )
         follow_source(Following(model, source, output, *wishes))
         return
     if sort or any(wish is not None for wish in (unsure, webhook, mqtt, page)):

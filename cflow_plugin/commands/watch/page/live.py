@@ -2,9 +2,7 @@
 
 __all__ = ["Live", "Seen"]
 
-import csv
 import math
-import re
 import threading
 import time
 from collections import deque
@@ -16,12 +14,15 @@ import numpy as np
 
 from cflow_plugin.commands.watch.arrivals import Arrival, Health
 from cflow_plugin.commands.watch.journal import Result
+from cflow_plugin.commands.watch.judging import HALF, Judge
 from cflow_plugin.commands.watch.overlay import overlay
+from cflow_plugin.commands.watch.page.models import Models
+from cflow_plugin.commands.watch.page.review import Review
 from cflow_plugin.decisions.conformal import p_values, threshold_rank
 from cflow_plugin.decisions.exchangeability import ExchangeabilityTest
 from cflow_plugin.decisions.regions import Region, RegionSettings
 from cflow_plugin.errors import CflowError
-from cflow_plugin.images.reading import in_8_bits
+from cflow_plugin.images.reading import in_8_bits, read_image
 
 _IMAGES = 12  # of each of two kinds, good and not good
 _APART = 0.5  # seconds between two good images that are shown
@@ -30,7 +31,6 @@ _WIDTH = 640  # pixels of an image on the page
 _ERROR_RATE = 0.01
 _BINS = 20
 _MOST = 100_000  # images after which the test of a change begins anew
-_LAST_WORDS = {"good": "good after all", "defect": "defect missed"}
 
 
 class Seen(NamedTuple):
@@ -47,23 +47,39 @@ class Live:
     """The state behind the page, filled by the watch and read by the server.
 
     Args:
-        reference: Scores of the reference images, ascending, or ``None``.
-        bits: Bits of a value in images.
+        judge: The model in use.
         health: How the watch fares.
-        review: Folder for images that are marked.
-        threshold: Scores above it are anomalous.
+        review: What is said of images.
+        models: Those that may be used.
+        threshold: Scores above it are anomalous; ``None`` where the model decides.
+
+    Attributes:
+        review: As given.
+        models: As given.
     """
 
     def __init__(
-        self, reference: np.ndarray | None, bits: int, health: Health, review: Path, threshold: float = 0.5
+        self, judge: Judge, health: Health, review: Review, models: Models, threshold: float | None = None
     ) -> None:
-        self._reference, self._bits, self._health, self._review = reference, bits, health, review
-        self._threshold = threshold
+        self._health, self.review, self.models = health, review, models
+        self._threshold = HALF if threshold is None else threshold
         self._good: deque[Seen] = deque(maxlen=_IMAGES)
         self._other: deque[Seen] = deque(maxlen=_IMAGES)
         self._last: deque[Result] = deque(maxlen=_SCORES)
         self._lock = threading.Lock()
-        self._begin()
+        self.begin(judge)
+
+    def begin(self, judge: Judge) -> None:
+        """Go on with a model; what is known of another's scores is forgotten.
+
+        Args:
+            judge: The model.
+        """
+        with self._lock:
+            self._reference, self._bits = judge.reference, judge.compiled.bits
+            for kept in (self._good, self._other, self._last):
+                kept.clear()
+            self._begin()
 
     def _begin(self) -> None:
         self._test = None if self._reference is None else ExchangeabilityTest(self._reference)
@@ -103,11 +119,7 @@ class Live:
             return None
         image = in_8_bits(seen.image, self._bits)
         assert seen.result.smoothed is not None
-        picture = overlay(image, seen.anomaly_map, seen.result.smoothed, seen.result.decision, seen.regions)
-        scale = min(1.0, _WIDTH / max(image.shape[:2]))
-        if scale < 1:
-            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return cv2.imencode(".jpg", picture)[1].tobytes()
+        return _jpeg(overlay(image, seen.anomaly_map, seen.result.smoothed, seen.result.decision, seen.regions))
 
     def state(self) -> dict[str, Any]:
         """All that the page shows, for JSON."""
@@ -124,7 +136,17 @@ class Live:
             "reference": [] if self._reference is None else np.histogram(self._reference, edges)[0].tolist(),
             "threshold": self._threshold,
             "verdict": self._verdict(),
+            "sample": self.review.sample(),
+            "models": self.models.known(),
+            "retrain": str(self.review.config) if self.review.config.exists() else None,
         }
+
+    def drawn(self, name: str) -> bytes | None:
+        """An image of the sample, as it is, as JPEG; its score is not shown, so that it sways nobody."""
+        file = self.review.drawn(name)
+        if file is None:
+            return None
+        return _jpeg(in_8_bits(read_image(file, self._bits), self._bits))
 
     def would(self, rate: float) -> dict[str, Any]:
         """What would have been decided of the last images with another false-alarm rate.
@@ -173,25 +195,14 @@ class Live:
         if seen is None:
             message = "This image is no longer at hand."
             raise CflowError(message)
-        name = re.sub(r"[^\w.-]", "_", seen.result.image)
-        target = self._review / what / f"{number}_{name if seen.path else f'{name}.png'}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if seen.path is not None and seen.path.is_file():
-            target.write_bytes(seen.path.read_bytes())
-        else:
-            target = target.with_suffix(".png")
-            target.write_bytes(cv2.imencode(".png", seen.image)[1].tobytes())
-        log = self._review / "log.csv"
-        with self._lock:
-            is_new = not log.exists()
-            with log.open("a", newline="", encoding="utf-8") as file:
-                table = csv.writer(file)
-                if is_new:
-                    table.writerow(["time", "who", "what", "number", "image", "score", "p_value", "decision", "copy"])
-                result = seen.result
-                figures = [result.number, result.image, result.score, result.p_value, result.decision]
-                table.writerow([f"{time.time():.3f}", who, _LAST_WORDS[what], *figures, target.name])
-        return target.relative_to(self._review.parent).as_posix()
+        return self.review.pick(seen.result, seen.path, seen.image, what, who)
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    scale = min(1.0, _WIDTH / max(picture.shape[:2]))
+    if scale < 1:
+        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", picture)[1].tobytes()
 
 
 def _health(health: Health) -> dict[str, Any]:

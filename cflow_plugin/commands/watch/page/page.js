@@ -2,6 +2,8 @@
 const at = (id) => document.getElementById(id);
 const wished = { good: "Defect missed", anomalous: "Good after all", unsure: "Good after all" };
 const drawn = new Map();
+let drawnName = null;
+let modelsShown = "";
 
 function make(name, attributes, text) {
   const svg = ["circle", "line", "rect"].includes(name);
@@ -11,15 +13,71 @@ function make(name, attributes, text) {
   return node;
 }
 
-async function mark(number, what, button) {
+async function tell(act, wish, said, words) {
   const who = at("who").value.trim();
-  if (!who) { at("said").textContent = "Enter your name first."; at("who").focus(); return; }
-  const answer = await fetch("api/mark", {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ number, what, who }),
+  if (!who) { said.textContent = "Enter your name first."; at("who").focus(); return false; }
+  said.textContent = "…";
+  const answer = await fetch(`api/${act}`, {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...wish, who }),
   });
   const found = await answer.json();
-  at("said").textContent = answer.ok ? `Copied to ${found.copy}.` : found.error;
-  if (answer.ok) button.disabled = true;
+  said.textContent = answer.ok ? words(found) : found.error;
+  return answer.ok;
+}
+
+async function mark(number, what, button) {
+  if (await tell("mark", { number, what }, at("said"), (found) => `Copied to ${found.copy}.`)) button.disabled = true;
+}
+
+async function judge(what) {
+  const name = drawnName;
+  if (!name) return;
+  if (await tell("judge", { name, what }, at("judged"), () => `${name}: ${what}.`)) await refresh();
+}
+
+async function recalibrate() {
+  await tell("recalibrate", { rate: Number(at("rate").value) }, at("recalibrated"), (found) =>
+    `${found.name} rests on ${found.images} good images, ${found.alarms} of which the model in use calls anomalous; its threshold lies at ${found.threshold.toFixed(3)} of the old scores. Use it below.`);
+  await refresh();
+}
+
+function showSample(sample) {
+  const done = sample.good + sample.defect;
+  at("sample-words").textContent = !sample.size ? "None is drawn: --sample 0."
+    : !done && !sample.left ? "Nothing was drawn yet."
+    : !done ? `${sample.left} of ${sample.size} images are drawn, each of all that came with the same chance. With the first one you judge, drawing ends.`
+    : sample.left ? `${done} judged (${sample.good} good), ${sample.left} left.`
+    : `All ${done} judged, ${sample.good} good: the threshold can be set anew below.`;
+  at("recalibrate").disabled = !sample.good || sample.left > 0;
+  at("sample").hidden = !sample.next;
+  if (sample.next !== drawnName) {
+    drawnName = sample.next;
+    if (drawnName) at("drawn").src = `drawn/${encodeURIComponent(drawnName)}`;
+  }
+}
+
+function showModels(models) {
+  const text = JSON.stringify(models);
+  if (text === modelsShown) return;
+  modelsShown = text;
+  at("models").replaceChildren(...models.map((model) => {
+    const item = make("li", {}), figures = model.figures;
+    const state = model.in_use ? ", in use" : model.wished ? ", from the next image on" : "";
+    const words = !figures ? "not measured"
+      : `${figures.alarms} alarms of ${figures.good} good, ${figures.found} of ${figures.defect} defects found` +
+        (figures.auroc === null ? "" : `, AUROC ${figures.auroc.toFixed(3)}`) + `, ${figures.milliseconds} ms an image`;
+    item.append(make("p", {}, `${model.name}${state}: ${words}.`));
+    for (const [act, label] of [["measure", "Measure"], ["use", "Use"]]) {
+      if (act === "use" && model.in_use) continue;
+      const button = make("button", { type: "button", "aria-label": `${label} ${model.name}` }, label);
+      button.addEventListener("click", async () => {
+        await tell(act, { model: model.name }, at("chosen"), () => act === "use" ? `${model.name} is used from the next image on.` : `${model.name} is measured.`);
+        await refresh();
+      });
+      item.append(button);
+    }
+    return item;
+  }));
 }
 
 function card(image) {
@@ -60,14 +118,21 @@ function show(state) {
       height: 120 * count / total, class: kind })));
   }
   at("histogram").replaceChildren(...bars);
+  showSample(state.sample);
+  showModels(state.models);
+  at("retrain").textContent = state.retrain ? `anomalib train --config ${state.retrain}` : "mark images first";
 }
 
-async function look() {
+async function refresh() {
   try {
     const answer = await fetch("api/state");
     if (!answer.ok) throw new Error((await answer.json()).error);
     show(await answer.json());
   } catch (error) { at("counts").textContent = `The watch does not answer: ${error.message}`; }
+}
+
+async function look() {
+  await refresh();
   setTimeout(look, 1000);
 }
 
@@ -81,5 +146,8 @@ async function ask() {
 }
 
 at("rate").addEventListener("input", ask);
+at("recalibrate").addEventListener("click", recalibrate);
+at("drawn-good").addEventListener("click", () => judge("good"));
+at("drawn-defect").addEventListener("click", () => judge("defect"));
 look();
 ask();

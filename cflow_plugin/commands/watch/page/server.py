@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,39 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
             raise HTTPException(404, "This image is no longer at hand.")
         return Response(found, media_type="image/jpeg")
 
+    async def drawn(request: Request) -> Response:
+        check(request)
+        found = await asyncio.to_thread(live.drawn, request.path_params["name"])
+        if found is None:
+            raise HTTPException(404, "This image is not in the sample, or somebody has looked at it.")
+        return Response(found, media_type="image/jpeg")
+
     async def mark(request: Request) -> Response:
+        wish = await wish_of(request, "number", "what")
+        if type(wish["number"]) is not int:
+            raise HTTPException(400, "number is a whole number.")
+        return await done(404, lambda: {"copy": live.mark(wish["number"], what_of(wish), wish["who"])})
+
+    async def judge(request: Request) -> Response:
+        wish = await wish_of(request, "name", "what")
+        return await done(404, lambda: {"copy": live.review.judge(text_of(wish, "name"), what_of(wish), wish["who"])})
+
+    async def measure(request: Request) -> Response:
+        wish = await wish_of(request, "model")
+        return await done(409, lambda: live.models.measure(text_of(wish, "model")))
+
+    async def use(request: Request) -> Response:
+        wish = await wish_of(request, "model")
+        return await done(409, lambda: live.models.use(text_of(wish, "model"), wish["who"]) or {})
+
+    async def recalibrate(request: Request) -> Response:
+        wish = await wish_of(request, "rate")
+        if not isinstance(wish["rate"], float) or not 0 < wish["rate"] < 1:
+            raise HTTPException(400, "rate is a number between 0 and 1.")
+        return await done(409, lambda: live.models.recalibrate(wish["rate"], wish["who"]))
+
+    async def wish_of(request: Request, *names: str) -> dict[str, Any]:
+        """What a request asks for, and who does."""
         check(request)
         # A form of a foreign page cannot send this type without asking first.
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
@@ -98,19 +131,31 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
             raise HTTPException(408, "The request came too slowly.") from error
         except (ValueError, RecursionError) as error:
             raise HTTPException(400, "This is no JSON.") from error
-        if not isinstance(wish, dict) or set(wish) != {"number", "what", "who"}:
-            raise HTTPException(400, "Send number, what and who.")
-        number, what, who = wish["number"], wish["what"], wish["who"]
-        if type(number) is not int or what not in ("good", "defect"):
-            raise HTTPException(400, "number is a whole number, and what is good or defect.")
+        if not isinstance(wish, dict) or set(wish) != {*names, "who"}:
+            raise HTTPException(400, f"Send {', '.join(names)} and who.")
+        who = wish["who"]
         if not isinstance(who, str) or not who.strip() or len(who) > _NAME or not who.isprintable():
             raise HTTPException(400, f"who is a name of at most {_NAME} letters.")
+        return {**wish, "who": who.strip()}
+
+    def what_of(wish: dict[str, Any]) -> str:
+        if wish["what"] not in ("good", "defect"):
+            raise HTTPException(400, "what is good or defect.")
+        return wish["what"]
+
+    def text_of(wish: dict[str, Any], name: str) -> str:
+        if not isinstance(wish[name], str):
+            raise HTTPException(400, f"{name} is a text.")
+        return wish[name]
+
+    async def done(refused: int, action: Callable[[], dict[str, Any]]) -> Response:
+        """Do something that may take its time, beside the watch; a refusal has this status."""
         try:
-            return JSONResponse({"copy": await asyncio.to_thread(live.mark, number, what, who.strip())})
+            return JSONResponse(await asyncio.to_thread(action))
         except CflowError as error:
-            raise HTTPException(404, str(error)) from error
+            raise HTTPException(refused, str(error)) from error
         except OSError as error:
-            raise HTTPException(507, f"It could not be copied ({error.strerror}).") from error
+            raise HTTPException(507, f"It could not be written ({error.strerror}).") from error
 
     async def _body(request: Request) -> bytes:
         found = b""
@@ -147,7 +192,8 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
         Route("/api/state", state),
         Route("/api/would", would),
         Route("/image/{number:int}", picture),
-        Route("/api/mark", mark, methods=["POST"]),
+        Route("/drawn/{name}", drawn),
+        *[Route(f"/api/{act.__name__}", act, methods=["POST"]) for act in (mark, judge, measure, use, recalibrate)],
     ]
     middleware = [Middleware(Headers), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: failed})
