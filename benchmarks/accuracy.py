@@ -24,9 +24,11 @@ from anomalib.engine import Engine
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from training import METRICS, in_own_process
 
+from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 
 RIVALS = ("Padim", "Spade")
@@ -81,14 +83,14 @@ def measure(
         images: Train on so many images, drawn at random by the seed; on all by default.
 
     Returns:
-        The metrics, and the mean of the map over good test images, before normalisation.
+        The metrics, the mean of the map over good test images, before normalisation, and how many were trained on.
     """
     from cflow_plugin.commands.compare.cell import EncoderChoice, Variant, build_model
 
     seed_everything(seed, verbose=False)
     network = build_model(Variant(model, settings), EncoderChoice(backbone, layers, weights), (256, 256))
     data = data_of(folder)
-    data.setup()
+    data.setup(TrainerFn.FITTING)  # of another stage the engine would do it again, and take all images
     if images is not None:
         drawn = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(seed))
         data.train_data = data.train_data.subsample(sorted(drawn[:images].tolist()))
@@ -96,8 +98,10 @@ def measure(
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     engine = Engine(default_root_dir=runs, accelerator="cpu", limit_val_batches=0, callbacks=[glow], **quiet)
     engine.fit(network, datamodule=data)
+    trained_on = len(data.train_data)
     [metrics] = engine.test(network, datamodule=data, verbose=False)
-    return {**{metric: metrics[metric] for metric in METRICS}, "good_map": sum(glow.means) / len(glow.means)}
+    found = {metric: metrics[metric] for metric in METRICS}
+    return {**found, "good_map": sum(glow.means) / len(glow.means), "training_images": trained_on}
 
 
 class Glow(Callback):
@@ -178,7 +182,13 @@ def main(
                 output / "runs",
                 images,
             )
-            found = {"settings": settings, **in_own_process(measure, *arguments)}
+            try:
+                found = {"settings": settings, **in_own_process(measure, *arguments)}
+            except CflowError as error:  # Padim of one image, which has no covariance, gives no numbers
+                if model == DEFAULT:
+                    raise
+                print(f"{model} on {folder.name}: {error}")
+                found = {"settings": settings, **dict.fromkeys((*METRICS, "good_map"), float("nan"))}
             with atomic_file(cell) as file:
                 file.write_text(json.dumps(found))
         found = json.loads(cell.read_text())

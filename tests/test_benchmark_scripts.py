@@ -4,7 +4,7 @@ import runpy
 import pytest
 import torch
 
-from .conftest import ROOT
+from .conftest import ROOT, make_textures
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
@@ -39,3 +39,16 @@ def test_the_gpu_script_is_rehearsed(tmp_path, monkeypatch):
     assert timed["f32"]["p50 ms"] > 0
     if not torch.cuda.is_available():
         assert timed["CUDA graph"]["not measured"] == "CflowError: there is no GPU"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("images", [None, 3])
+def test_accuracy_is_of_the_images_that_were_asked_for(images, tmp_path, monkeypatch):
+    data = make_textures(tmp_path / "data", train_good=8, test_good=3)
+    data.prepare_data()
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"), run_name="imported")["measure"]
+    folder = tmp_path / "data/weave"
+    found = measure("Spade", {}, folder, "gabor", ["scale1", "scale2"], None, 0, tmp_path / "runs", images=images)
+    assert found["training_images"] == (images or 8)
+    assert 0.5 < found["pixel_AUROC"] <= 1

@@ -248,6 +248,35 @@ def test_a_camera_that_goes_and_comes_back(model, tmp_path, caplog):
     assert all(0 <= float(row["score"]) < 0.8 for row in rows)
 
 
+def start_rtsp_camera(port=0):
+    script = Path(__file__).parent / "rtsp_camera.py"
+    camera = subprocess.Popen(["/usr/bin/python3", str(script), str(port)], stdout=subprocess.PIPE, text=True)
+    assert camera.stdout is not None
+    return camera, camera.stdout.readline().strip()
+
+
+@pytest.mark.long
+def test_a_camera_by_rtsp_that_goes_and_comes_back(model, tmp_path, caplog, monkeypatch):
+    """Told by GStreamer's server, for a test; each frame has the shade that it was sent with."""
+    monkeypatch.setattr(arriving, "_LONGEST", 1.0)
+    camera, address = start_rtsp_camera()
+    if not address:
+        pytest.skip("GStreamer's RTSP server is not here: see .ci/runtimes")
+    try:
+        running = Running(model, address, tmp_path / "out", limit=30, overlays=False)
+        until(lambda: len(table(tmp_path / "out")) >= 5)
+        camera.kill()
+        until(lambda: "gives no images" in caplog.text)
+        camera, again = start_rtsp_camera(int(address.split(":")[2].split("/")[0]))
+        assert again == address
+        running.join()
+    finally:
+        camera.kill()
+    rows = table(tmp_path / "out")
+    assert len({row["image"] for row in rows}) == len(rows) == 30
+    assert [float(row["score"]) for row in rows] == pytest.approx([128 / 255] * 30, abs=0.01)
+
+
 def test_a_camera_faster_than_the_model(tmp_path, monkeypatch):
     """What is taken is either given out or counted as dropped, and no more than one frame waits."""
     taken = []
