@@ -234,6 +234,28 @@ def test_images_in_decisions_out(service):
 
 
 @pytest.mark.long
+def test_a_client_of_the_protocol_that_knows_nothing_of_us(service):
+    clients = pytest.importorskip("tritonclient.http", reason='pip install "tritonclient[http]"')
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with clients.InferenceServerClient(f"127.0.0.1:{service.port}") as client:
+        assert client.is_server_live(headers)
+        assert client.is_model_ready("line1", headers=headers)
+        [described] = client.get_model_metadata("line1", headers=headers)["inputs"]
+        pixels = np.full((1, 16, 24, 3), 200, np.uint8)
+        given = clients.InferInput(described["name"], pixels.shape, described["datatype"])
+        given.set_data_from_numpy(pixels, binary_data=False)
+        names = ("pred_score", "pred_label", "p_value")
+        wanted = [clients.InferRequestedOutput(name, binary_data=False) for name in names]
+        found = client.infer("line1", [given], outputs=wanted, headers=headers, request_id="7")
+        score, label, p_value = (found.as_numpy(name) for name in names)
+        assert (score.dtype, label.dtype, p_value.dtype) == (np.float32, np.bool_, np.float64)
+        assert score == pytest.approx(200 / 255, abs=1e-3)
+        assert label.tolist() == [True]
+        assert p_value == pytest.approx(1 / 22)
+        assert found.get_response()["id"] == "7"
+
+
+@pytest.mark.long
 def test_many_clients_at_once_each_have_their_own_answer(service):
     shades = list(range(0, 256, 4)) * 3
     with ThreadPoolExecutor(8) as clients:
