@@ -96,7 +96,7 @@ def test_an_image_whose_score_is_not_a_number(export_blind_to_black, pictures, t
     with pytest.raises(CflowError, match=r"1 image could not be scored \(black.png"):
         watch(export_blind_to_black, str(pictures), tmp_path / "out", overlays=False)
     assert set(read_scores(tmp_path / "out")) == {"a.png", "deeper/ü.png"}
-    assert "black.png has a score that is not a finite number" in caplog.text
+    assert "black.png: its score is not a finite number" in caplog.text
 
 
 def test_overlays_of_images_that_differ_by_their_suffix(exported, pictures, tmp_path):

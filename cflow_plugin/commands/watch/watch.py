@@ -5,8 +5,6 @@ __all__ = ["watch"]
 import csv
 import json
 import logging
-import math
-import time
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,17 +15,14 @@ import cv2
 import numpy as np
 from rich.progress import Progress
 
+from cflow_plugin.commands.watch.arrivals import Arrival
 from cflow_plugin.commands.watch.follow import JOURNAL, follow_source
-from cflow_plugin.commands.watch.judging import Following
+from cflow_plugin.commands.watch.judging import HALF, Following, Judge
 from cflow_plugin.commands.watch.overlay import overlay, set_aside, write_picture
 from cflow_plugin.commands.watch.score_plot import plot_scores
 from cflow_plugin.commands.watch.sources import CameraLostError, open_source
-from cflow_plugin.commands.watch.timeline import Smoother, Truth, frame_auroc, read_truth
-from cflow_plugin.decisions.conformal import p_values
-from cflow_plugin.decisions.reference_scores import read_reference_scores
+from cflow_plugin.commands.watch.timeline import Truth, frame_auroc, read_truth
 from cflow_plugin.decisions.region_files import RegionFiles
-from cflow_plugin.decisions.regions import find_regions
-from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
 from cflow_plugin.images.reading import ImageFileError, in_8_bits
@@ -37,7 +32,6 @@ logger = logging.getLogger(__name__)
 _FRAME_RATE_MEMORY = 0.9  # of the running mean, a frame
 _TABLE, _PLOT, _METRICS = "scores.csv", "score_over_time.png", "metrics.json"
 _FILM = "overlay.avi"  # can be played as far as it was written, where an .mp4 that was cut off is lost
-_ANOMALIB_THRESHOLD = 0.5  # where anomalib's normalisation of scores puts it
 
 
 def watch(
@@ -104,26 +98,13 @@ def watch(
             stands in CFLOW_PLUGIN_PAGE_TOKEN.
         sample: With page: draw so many images at random, to look at and set the threshold by anew; 0 for none.
     """
+    wishes = (overlays, device, precision, limit, smoothing, threshold, sort, unsure, webhook, mqtt)
+    settings = Following(model, source, output, *wishes, page, host, sample)
     if follow:
         if show or truth is not None:
             message = "--show and --truth are for a source that has an end; leave them out with --follow true."
             raise CflowError(message)
-        wishes = (
-            overlays,
-            device,
-            precision,
-            limit,
-            smoothing,
-            threshold,
-            sort,
-            unsure,
-            webhook,
-            mqtt,
-            page,
-            host,
-            sample,
-        )
-        follow_source(Following(model, source, output, *wishes))
+        follow_source(settings)
         return
     if sort or any(wish is not None for wish in (unsure, webhook, mqtt, page)):
         message = "--sort, --unsure, --webhook, --mqtt and --page are for a watch that goes on: --follow true."
@@ -131,13 +112,12 @@ def watch(
     if (output / JOURNAL).exists():
         message = f"{output} belongs to a watch with --follow true: go on with it, or choose another --output."
         raise CflowError(message)
-    smoother = Smoother(smoothing)
     if not frame_rate > 0:
         message = f"The frame rate must be above 0, got {frame_rate}."
         raise CflowError(message)
     known = None if truth is None else read_truth(truth)
-    compiled = compile_exported(model, device, precision)
-    good = read_reference_scores(model)
+    judge = Judge(settings, model)
+    compiled = judge.compiled
     frames, total, is_film, rate = open_source(source, frame_rate, compiled.bits)
     if known is not None and known.total not in (None, total) and not is_film:
         message = f"{truth} is of {known.total} frames, but {source} holds {total} images: is it of another clip?"
@@ -155,7 +135,7 @@ def watch(
         file = stack.enter_context((output / _TABLE).open("w", newline="", encoding="utf-8"))
         table = csv.writer(file)
         columns = ["frame", "image", "time", "score", "smoothed", "anomalous", "milliseconds"]
-        table.writerow([*columns, *(["p_value"] if good is not None else [])])
+        table.writerow([*columns, *(["p_value"] if judge.reference is not None else [])])
         files = RegionFiles(output)
         stack.callback(files.close)
         progress = stack.enter_context(Progress(transient=True))
@@ -165,41 +145,29 @@ def watch(
             for index, (name, moment, frame) in enumerate(frames):
                 if limit is not None and len(history.scores) >= limit:
                     break
-                if isinstance(frame, ImageFileError):
+                result, found, regions = judge(Arrival(name, "", None, moment, frame), index)
+                if found is None or isinstance(frame, ImageFileError):
                     unscored.append(name)
-                    logger.warning("%s It is left out.", frame)
+                    logger.warning("%s: %s. It is left out.", name, result.error)
                     continue
-                start = time.perf_counter()
-                result = compiled([frame[None]])
-                spent = time.perf_counter() - start
-                score = float(result["pred_score"][0])
-                if not math.isfinite(score):
-                    unscored.append(name)
-                    logger.warning("%s has a score that is not a finite number. It is left out.", name)
-                    continue
-                speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) / spent if history.scores else 1 / spent
-                smoothed = smoother(moment, score)
-                if threshold is None and smoothing == 0:
-                    anomalous = bool(result["pred_label"][0])
-                    mask = result["pred_mask"][0, 0]
-                else:
-                    anomalous = smoothed > (_ANOMALIB_THRESHOLD if threshold is None else threshold)
-                    mask = (result["anomaly_map"][0, 0] > _ANOMALIB_THRESHOLD) & anomalous
-                regions = find_regions(result["anomaly_map"][0, 0], mask, compiled.regions, frame.shape[:2])
+                assert result.score is not None
+                assert result.smoothed is not None
+                assert result.milliseconds is not None
+                score, smoothed, a_second = result.score, result.smoothed, 1000 / result.milliseconds
+                speed = _FRAME_RATE_MEMORY * speed + (1 - _FRAME_RATE_MEMORY) * a_second if history.scores else a_second
                 files.add(name, frame.shape[:2], regions)
                 history.add(index, moment, score, smoothed)
-                shown = [f"{moment:.3f}", f"{score:.6f}", f"{smoothed:.6f}", int(anomalous), f"{1000 * spent:.2f}"]
-                p_value = [] if good is None else [f"{p_values(score, good):.6f}"]
+                shown = [f"{moment:.3f}", f"{score:.6f}", f"{smoothed:.6f}", int(bool(result.anomalous))]
+                shown.append(f"{result.milliseconds:.2f}")
+                p_value = [] if result.p_value is None else [f"{result.p_value:.6f}"]
                 table.writerow([index, name, *shown, *p_value])
                 file.flush()
                 progress.update(task, advance=1, description=f"{speed:.0f} images/s, score {smoothed:.3f}")
                 if not (show or overlays):
                     continue
-                decision = "anomalous" if anomalous else "good"
-                seen, shown_regions = in_8_bits(frame, compiled.bits), (regions, compiled.regions)
-                picture = overlay(
-                    seen, result["anomaly_map"][0, 0], smoothed, decision, shown_regions, f"  {speed:.0f} fps"
-                )
+                seen, where = in_8_bits(frame, compiled.bits), found["anomaly_map"][0, 0]
+                shown_regions = (regions, compiled.regions)
+                picture = overlay(seen, where, smoothed, result.decision, shown_regions, f"  {speed:.0f} fps")
                 if overlays and is_film:
                     if film is None:
                         film = cv2.VideoWriter(
@@ -221,7 +189,7 @@ def watch(
             lost = error
     count = len(history.scores)
     if count:
-        history.report(output, smoothing > 0, _ANOMALIB_THRESHOLD if threshold is None else threshold, known)
+        history.report(output, smoothing > 0, HALF if threshold is None else threshold, known)
     logger.info("%d images, %.1f a second at last; results are in %s.", count, speed, output.resolve())
     if unscored:
         what = "1 image" if len(unscored) == 1 else f"{len(unscored)} images"
