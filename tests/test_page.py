@@ -4,6 +4,7 @@ import http.client
 import json
 import math
 import re
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -19,7 +20,9 @@ from cflow_plugin.commands.watch.arrivals import Arrival
 from cflow_plugin.commands.watch.journal import Result
 from cflow_plugin.commands.watch.page import Review
 from cflow_plugin.commands.watch.watch import watch
+from cflow_plugin.images.reading import read_image
 
+from .brightness import save_brightness_model
 from .test_follow import Running, folder, model, picture, table, until  # noqa: F401  fixtures
 
 pytest.importorskip("starlette", reason='the page is not installed: pip install "cflow-plugin[page]"')
@@ -94,9 +97,9 @@ BAD = [
     ("POST", "/api/mark", marked(more=1), JSON, 400),
     *[("POST", "/api/mark", marked(number=number), JSON, 404) for number in (99, -1, 10**30)],
     *[("GET", f"/drawn/{name}", None, {}, 404) for name in ("x.png", "..", "%2e%2e%2f%2e%2e%2flog.csv", "a/b")],
-    *[("GET", f"/api/{act}", None, {}, 405) for act in ("judge", "measure", "use", "recalibrate")],
-    *[("POST", f"/api/{act}", b"{}", JSON, 400) for act in ("judge", "measure", "use", "recalibrate")],
-    *[("POST", f"/api/{act}", b"{}", {}, 415) for act in ("judge", "measure", "use", "recalibrate")],
+    *[("GET", f"/api/{act}", None, {}, 405) for act in ("judge", "measure", "use", "recalibrate", "lay_aside")],
+    *[("POST", f"/api/{act}", b"{}", JSON, 400) for act in ("judge", "measure", "use", "recalibrate", "lay_aside")],
+    *[("POST", f"/api/{act}", b"{}", {}, 415) for act in ("judge", "measure", "use", "recalibrate", "lay_aside")],
     ("POST", "/api/judge", wished(name="../../x.png", what="good"), JSON, 404),
     ("POST", "/api/judge", wished(name=["1_dark.png"], what="good"), JSON, 400),
     ("POST", "/api/judge", wished(name="1_dark.png", what="../good"), JSON, 400),
@@ -123,7 +126,7 @@ def test_bad_requests(page):
     assert page.ask("GET", "/api/state")[0] == 200
     assert slow.recv(100).startswith(b"HTTP/1.1 408")
     slow.close()
-    drawn = ["1_dark.png", "2_light.png"]
+    drawn = [".size", "1_dark.png", "2_light.png"]
     assert sorted(path.name for path in (page.output / "review").rglob("*") if path.is_file()) == drawn
     assert not list(page.model.parent.glob("*recalibrated*"))
 
@@ -223,6 +226,128 @@ def test_a_sample_sets_the_threshold_anew(model, folder, tmp_path, caplog):  # n
     watch(own, str(folder), output, follow=True, limit=1)
     assert "Goes on with" in caplog.text
     assert table(output)[-1]["anomalous"] == "0"
+
+
+def seen(number, name="part.png", path=None, shade=100, kind=np.uint8):
+    stamp = f"{path.stat().st_mtime_ns} {path.stat().st_size}" if path else ""
+    return Result(number, name, stamp, 0.0), Arrival(name, stamp, path, 0.0, np.full((8, 8, 3), shade, kind))
+
+
+def test_a_copy_is_of_what_was_seen(tmp_path):
+    """Also where the file has another content by now, has gone, has a name longer than a name may be, or 16 bits."""
+    review, file = Review(tmp_path / "review", 3, "journal"), tmp_path / "latest.png"
+    file.write_bytes(picture(90))
+    result, arrival = seen(1, "latest.png", file, 90)
+    file.write_bytes(picture(200))
+    name = review.pick(result, arrival.path, arrival.image, "defect", "Ada")
+    assert read_image(tmp_path / name)[0, 0, 0] == 90
+    result, arrival = seen(2, "latest.png", file, 200)
+    review.offer(result, arrival)
+    file.unlink()
+    result, arrival = seen(3, f"{'a' * 120}/{'部' * 79}.png", None, 120)
+    review.offer(result, arrival)
+    result, arrival = seen(4, "deep.png", None, 4000, np.uint16)
+    review.offer(result, arrival)
+    drawn = sorted((tmp_path / "review/sample/drawn").glob("*.png"), key=lambda path: int(path.name.split("_")[0]))
+    assert [read_image(path)[0, 0, 0] for path in drawn[:2]] == [200, 120]
+    assert read_image(drawn[2], bits=16)[0, 0, 0] == 4000
+
+
+def test_the_last_word_on_an_image_counts(tmp_path):
+    review = Review(tmp_path / "line #3: '1'", 2, "journal")
+    one, two, three = (seen(number, f"{number}.png") for number in (1, 2, 3))
+    review.offer(*one)
+    assert review.sample()["next"] is None  # two are wanted
+    with pytest.raises(CflowError, match="still being drawn"):
+        review.judge("1_1.png", "good", "Ada")
+    review.offer(*two)
+    for result, arrival in (one, three):
+        for what in ("defect", "good", "defect"):
+            review.pick(result, None, arrival.image, what, "Ada")
+    review.judge("1_1.png", "good", "Ada")
+    assert [[path.name for path in review.all_of(what)] for what in ("good", "defect")] == [["1_1.png"], ["3_3.png"]]
+    review.pick(one[0], None, one[1].image, "defect", "Ada")
+    review.judge("2_2.png", "defect", "Ada")
+    with pytest.raises(CflowError, match="No image of the sample was called good"):
+        review.reviewed_sample()
+    review.lay_aside("Ada")
+    review.offer(*three)
+    assert review.sample() == {"good": 0, "defect": 0, "left": 1, "size": 2, "full": False, "next": None}
+    assert len(review.all_of("defect")) == 3
+    review.pick(two[0], None, two[1].image, "good", "Ada")
+    config = yaml.safe_load(review.config.read_text(encoding="utf-8"))["data"]["init_args"]
+    assert config["root"] == str((tmp_path / "line #3: '1'").resolve())
+    [_, _, _, path] = shlex.split(review.command())
+    assert Path(path) == review.config
+
+
+def test_a_sample_of_another_size_is_drawn_anew(tmp_path):
+    for size, expected in ((2, [1, 2]), (2, [1, 2]), (3, []), (0, [])):
+        review = Review(tmp_path / "review", size, "journal")
+        found = sorted(int(path.name.split("_")[0]) for path in (tmp_path / "review").glob("sample/drawn/*"))
+        assert found == ([] if size == 2 and not found else expected)
+        for number in (1, 2) if size == 2 else ():
+            review.offer(*seen(number))
+    with pytest.raises(CflowError, match="--sample"):
+        Review(tmp_path / "review", -1, "journal")
+
+
+def test_models_that_change_under_the_watch(model, folder, tmp_path, caplog):  # noqa: F811
+    """The one that is chosen goes away; the given one is exported anew; another is damaged, or of another kind."""
+    models, output = tmp_path / "models", tmp_path / "out"
+    models.mkdir()
+    for name in ("model", "new", "odd"):
+        save_brightness_model(
+            models / f"{name}.xml", [0.3 + 0.01 * step for step in range(21)] + [0.6] * (name == "new")
+        )
+    (models / "gone.xml").symlink_to(models / "nowhere.xml")
+    (models / "odd.bin").write_bytes(b"")
+    (models / "junk.xml").write_text("<annotation/>")
+    page = Page(models / "model.xml", folder, output, caplog, limit=4)
+
+    def post(act, **wish):
+        status, text, _ = page.ask("POST", f"/api/{act}", wished(**wish), JSON)
+        return status, json.loads(text)
+
+    def state():
+        return json.loads(page.ask("GET", "/api/state")[1])
+
+    assert post("mark", number=2, what="good")[0] == 200
+    assert {found["name"] for found in state()["models"]} == {"model.xml", "new.xml", "odd.xml", "junk.xml"}
+    assert post("measure", model="junk.xml")[0] == 409
+    assert post("measure", model="new.xml")[0] == 200
+    assert post("use", model="new.xml")[0] == 200
+    (models / "new.xml").unlink()
+    (folder / "third.png").write_bytes(picture(120))
+    until(lambda: state()["scored"] == 3)
+    assert [found["name"] for found in state()["models"] if found["in_use"] and found["gone"]] == ["new.xml"]
+    assert table(output)[-1]["p_value"] == f"{(1 + 3 + 1) / 23:.6f}"  # of the new one's reference scores
+    assert "has changed since" in state()["fixed"]
+    page.end()
+
+    for number, prepare in enumerate(
+        (
+            lambda: (models / "new.xml").write_text("damaged"),
+            lambda: save_brightness_model(models / "model.xml", [0.1] * 30),  # exported anew: it is what is wanted
+        )
+    ):
+        prepare()
+        caplog.clear()
+        (folder / f"again {number}.png").write_bytes(picture(120))
+        watch(models / "model.xml", str(folder), output, follow=True, limit=1)
+        assert ("cannot be used" in caplog.text) == (number == 0)
+        assert "Goes on with" not in caplog.text
+
+
+def test_a_threshold_of_the_users_own_forbids_other_models(model, folder, tmp_path, caplog):  # noqa: F811
+    page = Page(model, folder, tmp_path / "out", caplog, threshold=0.3)
+    assert "--threshold decides" in json.loads(page.ask("GET", "/api/state")[1])["fixed"]
+    assert page.ask("POST", "/api/recalibrate", wished(rate=0.1), JSON)[0] == 409
+    assert page.ask("POST", "/api/use", wished(model="model.xml"), JSON)[0] == 409
+    assert page.ask("POST", "/api/mark", marked(number=1, what="good"), JSON)[0] == 200
+    figures = json.loads(page.ask("POST", "/api/measure", wished(model="model.xml"), JSON)[1])
+    assert (figures["alarms"], figures["good"]) == (1, 1)  # 100 / 255 is above 0.3, and below 0.5
+    page.end()
 
 
 def test_each_image_is_drawn_with_the_same_chance(tmp_path):

@@ -134,6 +134,7 @@ def test_the_rate_is_kept(tmp_path):
 def test_what_is_refused(tmp_path):
     model = save_brightness_model(tmp_path / "model.xml")
     images = shades(tmp_path / "good", range(100, 130))
+    (tmp_path / "other.bin").write_bytes(b"of another model")
     for settings, words in (
         ({"rate": None}, "without a false-alarm rate"),
         ({"rate": 0.01}, "needs at least 99"),
@@ -141,6 +142,8 @@ def test_what_is_refused(tmp_path):
         ({"images": []}, "needs at least 9"),
         ({"target": tmp_path / "new.onnx"}, "OpenVINO's .xml"),
         ({"target": model}, "there already"),
+        ({"target": tmp_path / "other.xml"}, "there already"),
+        ({"images": shades(tmp_path / "white", [255] * 12)}, "end of their range"),
         ({"model": tmp_path / "none.xml"}, "no exported model"),
         ({"images": [*images, tmp_path / "model.xml"]}, "Take it out"),
     ):

@@ -70,15 +70,22 @@ def recalibrate_file(
     if model.suffix.lower() != ".xml" or target.suffix != ".xml":
         message = f"Thresholds can be set anew in OpenVINO's .xml files; got {model.name} and {target.name}."
         raise CflowError(message)
-    if target.exists():
-        message = f"{target} is there already: name another file."
-        raise CflowError(message)
+    for file in (target, target.with_suffix(".bin")):
+        if file.exists():
+            message = f"{file} is there already: name another file."
+            raise CflowError(message)
     old, _ = runtime.read_file(model)
     rate = _rate_of(old) if rate is None else rate
     check_enough(len(images), rate)
     rank = threshold_rank(len(images), rate) - 1
     scores, levels = _score(model, images, device)
     edges = float(np.sort(scores)[rank]), float(np.sort(levels)[rank])
+    if max(edges) >= 1:
+        message = (
+            "The scores of these images reach the end of their range, 1: none could lie above the threshold. More has "
+            "changed than a threshold can make up for; train anew."
+        )
+        raise CflowError(message)
     new = _with_thresholds(old, *edges)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target.parent, last=target.name) as partial:

@@ -98,7 +98,10 @@ def read_file(path: Path) -> tuple[ov.Model, set[str]]:
         message = f"There is no exported model at {path}; `anomalib export --model CflowPlugin` writes one."
         raise CflowError(message)
     try:
-        model = ov.Core().read_model(path)
+        core = ov.Core()
+        # A file that is mapped into memory and overwritten, by another export, would end the process.
+        core.set_property({"ENABLE_MMAP": False})
+        model = core.read_model(path)
         return model, {name for output in model.outputs for name in output.get_names()}
     except RuntimeError as error:
         message = f"{path} could not be read as an OpenVINO or ONNX model."

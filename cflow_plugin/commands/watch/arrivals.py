@@ -1,6 +1,6 @@
 """Images as they arrive, for as long as one waits: files of a folder or a pattern, frames of a camera."""
 
-__all__ = ["Arrival", "Health", "arrivals"]
+__all__ = ["Arrival", "Health", "arrivals", "is_same"]
 
 import glob
 import logging
@@ -201,7 +201,7 @@ def _files(
                 image = read_image(path, bits)
             except ImageFileError as error:
                 image = error
-            if (not isinstance(image, ImageFileError) or unchanged >= _PATIENCE) and _same(path, stamp):
+            if (not isinstance(image, ImageFileError) or unchanged >= _PATIENCE) and is_same(path, stamp):
                 waiting.pop(path, None)
                 return Arrival(name.as_posix(), stamp, path, time.time(), image)
         if len(waiting) < _PENDING:  # the others are found when the folder is listed again
@@ -231,7 +231,8 @@ def _stamp(path: Path) -> tuple[str, float]:
     return f"{found.st_mtime_ns} {found.st_size}", time.time() - found.st_mtime
 
 
-def _same(path: Path, stamp: str) -> bool:
+def is_same(path: Path, stamp: str) -> bool:
+    """Whether a file is still there, and what it was when it had this stamp."""
     try:
         return _stamp(path)[0] == stamp
     except OSError:

@@ -3,7 +3,7 @@
 __all__ = ["JOURNAL", "follow_source"]
 
 import errno
-import hashlib
+import json
 import logging
 import signal
 import threading
@@ -25,7 +25,7 @@ from cflow_plugin.commands.watch.overlay import overlay, set_aside, write_pictur
 from cflow_plugin.commands.watch.page import Live, Models, Review, start_page
 from cflow_plugin.decisions.regions import Region
 from cflow_plugin.deploy.runtime import ExportedModel
-from cflow_plugin.errors import CflowError
+from cflow_plugin.errors import CflowError, first_line
 from cflow_plugin.images.reading import in_8_bits
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,9 @@ def follow_source(settings: Following) -> None:
         stack.enter_context(_alone(output))
         journal = Journal(output / JOURNAL)
         stack.callback(journal.close)
+        given = judge.digest
         judge = _last_used(settings, journal, judge)
-        table = _table(judge.file, output, journal)
+        table = _table(judge.digest, output, journal)
         stack.callback(lambda: table.close())
         copies = Copies(output) if settings.sort else None
         if copies:
@@ -64,7 +65,8 @@ def follow_source(settings: Following) -> None:
         live = None
         if settings.page is not None:
             review = Review(output / "review", settings.sample, journal.name)
-            live = Live(judge, health, review, Models(settings, judge.file, review), settings.threshold)
+            models = Models(settings, judge, review, lambda chosen: _keep_choice(output, given, chosen))
+            live = Live(judge, health, review, models, settings.threshold)
             start_page(live, settings.host, settings.page)
         stack.callback(health.ended.set)
         stack.enter_context(_ended_by_signal(health))
@@ -78,8 +80,9 @@ def follow_source(settings: Following) -> None:
             if live and (wished := live.models.take_wish()):
                 judge = wished
                 table.close()
-                table = _table(judge.file, output, journal)
-                _keep_model(settings, journal, judge.file)
+                tables: list[ScoreTable] = []
+                _write(lambda: tables.append(_table(judge.digest, output, journal)), health)  # noqa: B023
+                [table] = tables
                 live.begin(judge)
                 logger.info("From here on with %s.", judge.file)
             result, found, regions = judge(arrival, journal.last + 1)
@@ -90,7 +93,7 @@ def follow_source(settings: Following) -> None:
                 _write(lambda: _write_overlay(output, result, arrival, found, judge.compiled, regions), health)  # noqa: B023
             if found is not None and live:
                 live.add(result, arrival, found["anomaly_map"][0, 0], (regions, judge.compiled.regions))
-                _write(lambda: live.review.offer(result, arrival), health)  # noqa: B023
+                _draw(live.review, result, arrival, health)
             health.scored += result.score is not None
             dropped = f", {health.dropped} frames dropped" if health.dropped else ""
             score = "" if result.smoothed is None else f", score {result.smoothed:.3f}"
@@ -106,17 +109,41 @@ def follow_source(settings: Following) -> None:
 
 def _last_used(settings: Following, journal: Journal, judge: Judge) -> Judge:
     """The model that was chosen on the page, if the watch is started with the same one as then."""
-    given, used = journal.note("given model"), journal.note("model in use")
-    if given != str(settings.model.resolve()) or used is None or used == given or not Path(used).is_file():
+    choice = json.loads(journal.note("chosen on the page") or "{}")
+    if not choice or choice["given"] != judge.digest or choice["digest"] == judge.digest:
         return judge
-    logger.info("Goes on with %s, which was chosen on the page in place of %s.", used, settings.model)
-    return Judge(settings, Path(used))
+    chosen = settings.model.with_name(choice["name"])
+    try:
+        found = Judge(settings, chosen)
+    except (OSError, CflowError) as error:
+        logger.warning(
+            "%s was chosen on the page and cannot be used (%s): %s decides.", chosen, first_line(error), settings.model
+        )
+        return judge
+    logger.info("Goes on with %s, which was chosen on the page in place of %s.", chosen, settings.model)
+    return found
 
 
-def _keep_model(settings: Following, journal: Journal, used: Path) -> None:
-    """Note which model is in use, for a restart."""
-    journal.keep("given model", str(settings.model.resolve()))
-    journal.keep("model in use", str(used.resolve()))
+def _keep_choice(output: Path, given: str, chosen: Judge) -> None:
+    """Note which model is to be used, for a restart with the same one; called by another thread than the journal's."""
+    journal = Journal(output / JOURNAL)
+    try:
+        choice = {"given": given, "name": chosen.file.name, "digest": chosen.digest}
+        journal.keep("chosen on the page", json.dumps(choice))
+    finally:
+        journal.close()
+
+
+def _draw(review: Review, result: Result, arrival: Arrival, health: Health) -> None:
+    """Let an image take part in the draw of the sample, which must not stop the watch."""
+    try:
+        _write(lambda: review.offer(result, arrival), health)
+    except OSError as error:
+        if "sample" not in health.receivers:
+            logger.warning("The sample cannot be drawn: %s.", error)
+        health.receivers["sample"] = f"The sample cannot be drawn: {error}."
+    else:
+        health.receivers.pop("sample", None)
 
 
 def _keep(journal: Journal, table: ScoreTable, copies: Copies | None, result: Result, arrival: Arrival) -> None:
@@ -157,9 +184,8 @@ def _write_overlay(
     write_picture(output / "overlays" / name, picture)
 
 
-def _table(file: Path, output: Path, journal: Journal) -> ScoreTable:
+def _table(model: str, output: Path, journal: Journal) -> ScoreTable:
     """The table of this model; that of another model is set aside."""
-    model = hashlib.sha256(file.read_bytes()).hexdigest()
     path = output / "scores.csv"
     if journal.note("model") != model:
         set_aside(path)

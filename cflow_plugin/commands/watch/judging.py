@@ -2,6 +2,7 @@
 
 __all__ = ["HALF", "Following", "Judge"]
 
+import hashlib
 import json
 import math
 import time
@@ -54,6 +55,7 @@ class Judge:
 
     Attributes:
         file: As given.
+        digest: Of the file's content.
         compiled: The model, compiled.
         reference: Scores of its reference images, ascending, or ``None``.
 
@@ -63,6 +65,7 @@ class Judge:
 
     def __init__(self, settings: Following, file: Path) -> None:
         self.file = file
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.compiled = compile_exported(file, settings.device, settings.precision)
         self.reference = read_reference_scores(file)
         self._unsure, self._threshold = settings.unsure, settings.threshold

@@ -138,7 +138,8 @@ class Live:
             "verdict": self._verdict(),
             "sample": self.review.sample(),
             "models": self.models.known(),
-            "retrain": str(self.review.config) if self.review.config.exists() else None,
+            "retrain": self.review.command(),
+            "fixed": self.models.why_not(),
         }
 
     def drawn(self, name: str) -> bytes | None:

@@ -17,12 +17,14 @@ async function tell(act, wish, said, words) {
   const who = at("who").value.trim();
   if (!who) { said.textContent = "Enter your name first."; at("who").focus(); return false; }
   said.textContent = "…";
-  const answer = await fetch(`api/${act}`, {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...wish, who }),
-  });
-  const found = await answer.json();
-  said.textContent = answer.ok ? words(found) : found.error;
-  return answer.ok;
+  try {
+    const answer = await fetch(`api/${act}`, {
+      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...wish, who }),
+    });
+    const found = await answer.json();
+    said.textContent = answer.ok ? words(found) : found.error;
+    return answer.ok;
+  } catch (error) { said.textContent = `The watch does not answer: ${error.message}`; return false; }
 }
 
 async function mark(number, what, button) {
@@ -41,14 +43,17 @@ async function recalibrate() {
   await refresh();
 }
 
-function showSample(sample) {
+function showSample(sample, fixed) {
   const done = sample.good + sample.defect;
-  at("sample-words").textContent = !sample.size ? "None is drawn: --sample 0."
-    : !done && !sample.left ? "Nothing was drawn yet."
-    : !done ? `${sample.left} of ${sample.size} images are drawn, each of all that came with the same chance. With the first one you judge, drawing ends.`
+  at("sample-words").textContent = !sample.full
+    ? (sample.size ? `${sample.left} of ${sample.size} images are drawn, each of all that came with the same chance. They can be judged when all are.` : "None is drawn: --sample 0.")
+    : !done ? `${sample.left} images are drawn, each of all that came with the same chance. Judge all of them; with the first one, drawing ends.`
     : sample.left ? `${done} judged (${sample.good} good), ${sample.left} left.`
-    : `All ${done} judged, ${sample.good} good: the threshold can be set anew below.`;
-  at("recalibrate").disabled = !sample.good || sample.left > 0;
+    : sample.good ? `All ${done} judged, ${sample.good} good: the threshold can be set anew below.`
+    : `All ${done} judged, none good: lay it aside.`;
+  at("fixed").textContent = fixed || "";
+  at("recalibrate").disabled = Boolean(fixed) || !sample.good || sample.left > 0;
+  at("lay-aside").hidden = !done;
   at("sample").hidden = !sample.next;
   if (sample.next !== drawnName) {
     drawnName = sample.next;
@@ -62,12 +67,12 @@ function showModels(models) {
   modelsShown = text;
   at("models").replaceChildren(...models.map((model) => {
     const item = make("li", {}), figures = model.figures;
-    const state = model.in_use ? ", in use" : model.wished ? ", from the next image on" : "";
+    const state = model.gone ? ", in use, though its file has changed or gone since" : model.in_use ? ", in use" : model.wished ? ", from the next image on" : "";
     const words = !figures ? "not measured"
       : `${figures.alarms} alarms of ${figures.good} good, ${figures.found} of ${figures.defect} defects found` +
-        (figures.auroc === null ? "" : `, AUROC ${figures.auroc.toFixed(3)}`) + `, ${figures.milliseconds} ms an image`;
+        (figures.auroc === null ? "" : `, AUROC ${figures.auroc.toFixed(3)}`) + (figures.unread ? `, ${figures.unread} could not be read` : "") + `, ${figures.milliseconds} ms an image`;
     item.append(make("p", {}, `${model.name}${state}: ${words}.`));
-    for (const [act, label] of [["measure", "Measure"], ["use", "Use"]]) {
+    if (!model.gone) for (const [act, label] of [["measure", "Measure"], ["use", "Use"]]) {
       if (act === "use" && model.in_use) continue;
       const button = make("button", { type: "button", "aria-label": `${label} ${model.name}` }, label);
       button.addEventListener("click", async () => {
@@ -118,9 +123,9 @@ function show(state) {
       height: 120 * count / total, class: kind })));
   }
   at("histogram").replaceChildren(...bars);
-  showSample(state.sample);
+  showSample(state.sample, state.fixed);
   showModels(state.models);
-  at("retrain").textContent = state.retrain ? `anomalib train --config ${state.retrain}` : "mark images first";
+  at("retrain").textContent = state.retrain || "mark images first";
 }
 
 async function refresh() {
@@ -147,6 +152,7 @@ async function ask() {
 
 at("rate").addEventListener("input", ask);
 at("recalibrate").addEventListener("click", recalibrate);
+at("lay-aside").addEventListener("click", async () => { if (await tell("lay_aside", {}, at("judged"), () => "Another sample is drawn.")) await refresh(); });
 at("drawn-good").addEventListener("click", () => judge("good"));
 at("drawn-defect").addEventListener("click", () => judge("defect"));
 look();

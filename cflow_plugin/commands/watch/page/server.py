@@ -68,7 +68,7 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
 
     async def state(request: Request) -> Response:
         check(request)
-        return JSONResponse(live.state())
+        return JSONResponse(await asyncio.to_thread(live.state))
 
     async def would(request: Request) -> Response:
         check(request)
@@ -90,7 +90,10 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
 
     async def drawn(request: Request) -> Response:
         check(request)
-        found = await asyncio.to_thread(live.drawn, request.path_params["name"])
+        try:
+            found = await asyncio.to_thread(live.drawn, request.path_params["name"])
+        except CflowError as error:
+            raise HTTPException(422, str(error)) from error
         if found is None:
             raise HTTPException(404, "This image is not in the sample, or somebody has looked at it.")
         return Response(found, media_type="image/jpeg")
@@ -118,6 +121,10 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
         if not isinstance(wish["rate"], float) or not 0 < wish["rate"] < 1:
             raise HTTPException(400, "rate is a number between 0 and 1.")
         return await done(409, lambda: live.models.recalibrate(wish["rate"], wish["who"]))
+
+    async def lay_aside(request: Request) -> Response:
+        wish = await wish_of(request)
+        return await done(409, lambda: live.review.lay_aside(wish["who"]) or {})
 
     async def wish_of(request: Request, *names: str) -> dict[str, Any]:
         """What a request asks for, and who does."""
@@ -185,6 +192,7 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
 
             await self.app(scope, receive, with_headers)
 
+    acts = (mark, judge, lay_aside, measure, use, recalibrate)
     routes = [
         Route("/", file),
         Route("/page.css", file),
@@ -193,7 +201,7 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
         Route("/api/would", would),
         Route("/image/{number:int}", picture),
         Route("/drawn/{name}", drawn),
-        *[Route(f"/api/{act.__name__}", act, methods=["POST"]) for act in (mark, judge, measure, use, recalibrate)],
+        *[Route(f"/api/{act.__name__}", act, methods=["POST"]) for act in acts],
     ]
     middleware = [Middleware(Headers), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: failed})
