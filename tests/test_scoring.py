@@ -209,3 +209,28 @@ def test_constants_survive_saving_and_serve_other_sizes(scoring):
 def test_impossible_settings_are_refused(setting):
     with pytest.raises(CflowError, match=next(iter(setting))):
         AnomalyScoring(1, **setting)
+
+
+def test_the_map_s_mean_counts_in_units_of_how_good_images_differ():
+    """Against the formula in float64; without good images, or without weight, the highest values are the score."""
+    generator = torch.Generator().manual_seed(0)
+    good = [0.1 * torch.randn(40, side, side, generator=generator) for side in (16, 8)]
+    for images, weight in ((40, 0.15), (40, 0.0), (7, 0.15)):
+        scoring = AnomalyScoring(2, map_mean=weight)
+        scoring.calibrate([part[:images] for part in good])
+        plain = scoring.folded([(16, 16), (8, 8)], (64, 64))
+        tops, means = plain.statistics(plain([part[:images] for part in good])[0][:, 0])
+        scoring.calibrate_mean(tops, means)
+        new = [part[:5] - 0.3 for part in good]
+        maps, scores = scoring(new, (64, 64))
+        strided = maps[:, 0, ::4, ::4].double().flatten(1).numpy()
+        top = np.sort(strided, axis=1)[:, -max(1, round(0.0025 * 256)) :].mean(1)
+        expected = top
+        if weight and images >= 8:
+            spreads = [np.log1p(-values.double().numpy()).std(ddof=1) for values in (tops, means)]
+            power = weight * spreads[0] / spreads[1]
+            assert power < 10
+            expected = 1 - (1 - top) * (1 - strided.mean(1)) ** power
+        np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
+    with pytest.raises(CflowError, match="map_mean"):
+        AnomalyScoring(2, map_mean=-1)

@@ -445,7 +445,7 @@ def test_augmented_images_are_encoded_anew(tmp_path, textures, caplog):
 
 def test_the_paper_s_settings_train(tmp_path, textures):
     paper = {"permutation": "random", "neighbourhood": 1, "whiten": False, "noise": 0, "sigma": 0, "top_fraction": 0}
-    paper |= {"whole_image": 0}
+    paper |= {"map_mean": 0, "whole_image": 0}
     model = quick_model(**paper, condition_dims=16, schedule="cosine", learning_rate=2e-4)
     make_engine(tmp_path).fit(model, datamodule=textures)
     assert torch.equal(model.model.decoders[0].whitening.matrix, torch.eye(51))

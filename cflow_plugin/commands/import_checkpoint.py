@@ -280,6 +280,7 @@ def _build(
         top_fraction=0.0,
         position_correction=0.0,
         aggregation="probability",
+        map_mean=0.0,
     ).eval()
     model.pre_processor = CflowPreProcessor.of(size, mean, std)
     ours = model.model.encoder

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from cflow_plugin.errors import CflowError
-from cflow_plugin.modules import FullPrecision, take_shapes_from_checkpoints
+from cflow_plugin.modules import FullPrecision, as_on, in_double, take_shapes_from_checkpoints
 
 Aggregation = Literal["surprise", "probability"]
 
@@ -32,6 +32,9 @@ _SHORTEST_DECADE = 1e-3
 _USUAL_COUNTS, _PER_CELL = 3, math.log(3, 4)
 # The image score is read on every fourth pixel: the map is smooth at that distance, and the selection 16 times cheaper.
 _SCORE_STRIDE = 4
+# From fewer good images it cannot be said how their scores differ.
+_FEWEST_IMAGES = 8
+_STILLEST, _MOST_POWER = 1e-3, 10.0
 # About what a typical good cell has: a scale that sees nothing must not silence another that does.
 _LEAST = 0.05
 
@@ -62,6 +65,15 @@ class AnomalyScoring(FullPrecision):
     and :math:`m` the upper quantile of :math:`\ell - e` over training features. Dividing by K keeps scores below one:
     torchmetrics takes larger ones for logits, and changes them batch by batch.
 
+    The image score is the mean of the map's highest values, and what its mean over the image adds: a speck is high in
+    few places, and what is odd everywhere, or in rough images whose highest values are noise, is in the mean.
+
+    .. math:: 1 - s = (1 - s_{top}) (1 - \bar S)^{c}, \qquad
+        c = w \frac{\sigma(\log(1 - s_{top}))}{\sigma(\log(1 - \bar S))}
+
+    with standard deviations over good images, so that the mean counts w times what the highest values do, each in
+    units of how good images differ in it. With fewer than eight good images :math:`c = 0`.
+
     Without :math:`e` the outermost cells, whose features the encoder computes from its zero padding, look anomalous in
     every image. They are corrected by their whole distance to the interior, and each position by the share
     ``position_correction`` of its own mean: the whole mean would forgive too much where parts differ most.
@@ -73,6 +85,7 @@ class AnomalyScoring(FullPrecision):
         position_correction: Share of a position's mean that is corrected; 0 switches the correction off, borders
             included.
         aggregation: How the scales make one map.
+        map_mean: The weight w of the map's mean in the image score; 0 leaves it out.
 
     Attributes:
         interest: Which pixels are looked at, ``(H, W)``; ``(1, 1)`` for all. The others are 0 in the map, and no part
@@ -90,11 +103,13 @@ class AnomalyScoring(FullPrecision):
         top_fraction: float = 0.0025,
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
+        map_mean: float = 0.15,
     ) -> None:
         super().__init__()
-        if not sigma >= 0:
-            msg = f"sigma must not be negative, got {sigma}."
-            raise CflowError(msg)
+        for name, value in (("sigma", sigma), ("map_mean", map_mean)):
+            if not value >= 0:
+                msg = f"{name} must not be negative, got {value}."
+                raise CflowError(msg)
         for name, value in (("top_fraction", top_fraction), ("position_correction", position_correction)):
             if not 0 <= value <= 1:
                 msg = f"{name} must lie between 0 and 1, got {value}."
@@ -106,6 +121,9 @@ class AnomalyScoring(FullPrecision):
         self.top_fraction = top_fraction
         self.position_correction = position_correction
         self.aggregation: Aggregation = aggregation
+        self.map_mean = map_mean
+        self.mean_power: torch.Tensor
+        self.register_buffer("mean_power", torch.zeros(()))
         self.score_area: int | None = None
         self.log_maximum: torch.Tensor
         self.temperature: torch.Tensor
@@ -136,6 +154,7 @@ class AnomalyScoring(FullPrecision):
             unseen: The same of good images that were not trained on, which say how far good cells go astray. ``None``
                 takes the training features for them.
         """
+        self.mean_power.zero_()
         for scale, values in enumerate(log_likelihoods):
             values = values.float()
             correction = values.new_zeros(1, 1)
@@ -154,6 +173,19 @@ class AnomalyScoring(FullPrecision):
             self.temperature[scale] = decade.clamp_min(_SHORTEST_DECADE) / _RATE
         if self.aggregation == "surprise":
             self._weigh([values.shape[1:] for values in log_likelihoods], 0 if unseen is None else len(unseen[0]))
+
+    @torch.no_grad()
+    def calibrate_mean(self, tops: torch.Tensor, means: torch.Tensor) -> None:
+        """Set what the map's mean counts, by how good images' scores differ; without this it counts nothing.
+
+        Args:
+            tops: Means of their maps' highest values, ``(N,)``, between 0 and 1; fewer than eight are not looked at.
+            means: Their maps' means, ``(N,)``.
+        """
+        if len(tops) >= _FEWEST_IMAGES:
+            spread = [torch.log1p(-in_double(values).clamp(max=1 - 1e-6)).std() for values in (tops, means)]
+            power = self.map_mean * spread[0] / spread[1].clamp_min(_STILLEST)
+            self.mean_power.copy_(as_on(power.clamp_max(_MOST_POWER), self.mean_power))
 
     def _weigh(self, sizes: Sequence[torch.Size], images: int) -> None:
         """What each scale counts in the map: the inverse square of how far good cells go astray.
@@ -233,11 +265,12 @@ class FoldedScoring(nn.Module):
         self.register_buffer("inside", None if inside.all() else inside)
         # Of a small region every pixel counts.
         self.stride = _SCORE_STRIDE if inside[::_SCORE_STRIDE, ::_SCORE_STRIDE].sum() >= _SCORE_STRIDE**2 else 1
-        self.pixels = int(inside[:: self.stride, :: self.stride].sum())
+        self.looked_at = self.pixels = int(inside[:: self.stride, :: self.stride].sum())
         if scoring.score_area is not None:
             self.pixels = min(self.pixels, scoring.score_area // self.stride**2)
         self.is_product = scoring.aggregation == "surprise"
         self.top_fraction = scoring.top_fraction
+        self.mean_power = float(scoring.mean_power)
 
     def forward(self, log_likelihoods: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what :meth:`AnomalyScoring.forward` computes."""
@@ -262,10 +295,23 @@ class FoldedScoring(nn.Module):
         return anomaly_map[:, None], self._image_score(anomaly_map)
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        if not self.top_fraction:
-            return anomaly_map.flatten(1).amax(1)
+        top, mean = self.statistics(anomaly_map)
+        return 1 - (1 - top) * (1 - mean) ** self.mean_power if self.mean_power else top
+
+    def statistics(self, anomaly_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean of a map's highest values, and that of all that is looked at.
+
+        Args:
+            anomaly_map: ``(B, H, W)``.
+
+        Returns:
+            Both ``(B,)``.
+        """
         values = anomaly_map[:, :: self.stride, :: self.stride].flatten(1)
-        return values.topk(max(1, round(self.top_fraction * self.pixels)), dim=1).values.mean(1)
+        mean = values.sum(1) / self.looked_at
+        if not self.top_fraction:
+            return anomaly_map.flatten(1).amax(1), mean
+        return values.topk(max(1, round(self.top_fraction * self.pixels)), dim=1).values.mean(1), mean
 
 
 def _upsampling_matrix(cells: int, pixels: int, sigma: float) -> torch.Tensor:
@@ -356,7 +402,8 @@ def means_inside(pyramid: Sequence[torch.Tensor], cells: Sequence[torch.Tensor])
 
 
 def _look_at_all(scoring: AnomalyScoring, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of an older release has no region of interest, and no weights of its own."""
+    """A checkpoint of an older release has no region of interest, no own weights, and scores without the mean."""
     temperature = state_dict.get(f"{prefix}temperature", scoring.temperature)
     state_dict.setdefault(f"{prefix}weights", torch.softmax(-2 * temperature.log(), 0))
+    state_dict.setdefault(f"{prefix}mean_power", torch.zeros_like(scoring.mean_power))
     state_dict.setdefault(f"{prefix}interest", torch.ones(1, 1, dtype=torch.bool, device=scoring.interest.device))

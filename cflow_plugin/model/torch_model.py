@@ -39,6 +39,8 @@ class CflowModel(nn.Module):
         top_fraction: Part of the map's highest values that makes the image score.
         position_correction: See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
+        map_mean: What the map's mean counts in the image score, see
+            :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         whole_image: What the image as a whole counts in its score, see :class:`~cflow_plugin.model.whole.WholeImage`.
         image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
         flow_dimensions: How many dimensions of a vector the coupling blocks take at most; ``None`` takes all. See
@@ -66,6 +68,7 @@ class CflowModel(nn.Module):
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
         whole_image: float = 2.0,
+        map_mean: float = 0.15,
         image_size: Sequence[int] | None = None,
         flow_dimensions: int | None = None,
         tile_size: int | None = None,
@@ -91,7 +94,9 @@ class CflowModel(nn.Module):
             ConditionalFlow(channels, condition_dims, coupling_blocks, clamp, permutation, flow_dimensions)
             for channels in self.encoder.channels
         )
-        self.scoring = AnomalyScoring(len(self.decoders), sigma, top_fraction, position_correction, aggregation)
+        self.scoring = AnomalyScoring(
+            len(self.decoders), sigma, top_fraction, position_correction, aggregation, map_mean
+        )
         self.whole = WholeImage(sum(self.encoder.channels), whole_image)
         self.scoring.score_area = None if tile_size is None else 256 * 256
         self._conditions: dict[tuple[int, int], torch.Tensor] = {}
@@ -195,19 +200,24 @@ class CflowModel(nn.Module):
             unseen: The same of good images that were not trained on, if there are any.
         """
         self.scoring.calibrate(log_likelihoods, unseen)
-        if self.whole.is_fitted:
-            self.whole.calibrate(self._scores_of(log_likelihoods))
+        if self.whole.is_fitted or self.scoring.map_mean:
+            tops, means = self._statistics_of(log_likelihoods)
+            if self.whole.is_fitted:
+                self.whole.calibrate(tops)
+            self.scoring.calibrate_mean(tops, means)
         self.drop_folded()
 
-    def _scores_of(self, log_likelihoods: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What the map alone scores images; they are fewer where they are large."""
+    def _statistics_of(self, log_likelihoods: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The maps' highest values and means of images; they are fewer where they are large."""
         sizes = [(values.shape[-2], values.shape[-1]) for values in log_likelihoods]
         height, width = self.encoder.image_size or (8 * sizes[0][0], 8 * sizes[0][1])
         scoring = self.scoring.folded(sizes, (height, width))
         images = min(len(log_likelihoods[0]), max(_FEWEST_SCORES, _MOST_PIXELS // (height * width)))
         # Of positions without a value the nearest one's is taken.
         known = [fill_unknown(values[:images]) for values in log_likelihoods]
-        return torch.cat([scoring([values[image, None] for values in known])[1] for image in range(images)])
+        maps = (scoring([values[image, None] for values in known])[0] for image in range(images))
+        tops, means = zip(*(scoring.statistics(one[:, 0]) for one in maps), strict=True)
+        return torch.cat(tops), torch.cat(means)
 
     def train(self, mode: bool = True) -> "CflowModel":
         """Set the mode, and drop what was folded: training may have changed all it is made of."""

@@ -80,6 +80,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             cells, which see the encoder's zero padding, are corrected in full. 0 as in the paper.
         aggregation: ``surprise`` multiplies the scales' evidence, measured by how rare it is among good cells;
             ``probability`` adds up probabilities as in the paper.
+        map_mean: What the map's mean counts in the image score, beside its highest pixels; 0 as in the paper.
+            See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         whole_image: What the image as a whole counts in its score, in units of what its map does; 0 as in the paper.
             See :class:`~cflow_plugin.model.whole.WholeImage`.
         unseen_share: Share of the training images that only says how likely good cells are; 0 with fewer than eight.
@@ -145,6 +147,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         top_fraction: float = 0.0025,
         position_correction: float = 0.25,
         aggregation: Aggregation = "surprise",
+        map_mean: float = 0.15,
         whole_image: float = 2.0,
         unseen_share: float = 0.1,
         epochs: int | None = None,
