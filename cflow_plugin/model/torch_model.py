@@ -204,6 +204,9 @@ class CflowModel(nn.Module):
             tops, means = self._statistics_of(log_likelihoods)
             if self.whole.is_fitted:
                 self.whole.calibrate(tops)
+            if unseen is not None:  # it is these that differ as new images will
+                more = self._statistics_of(unseen)
+                tops, means = torch.cat([tops, more[0]]), torch.cat([means, more[1]])
             self.scoring.calibrate_mean(tops, means)
         self.drop_folded()
 
