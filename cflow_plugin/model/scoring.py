@@ -34,7 +34,7 @@ _USUAL_COUNTS, _PER_CELL = 3, math.log(3, 4)
 _SCORE_STRIDE = 4
 # From fewer good images it cannot be said how their scores differ.
 _FEWEST_IMAGES = 8
-_STILLEST, _MOST_POWER = 1e-3, 10.0
+_STILLEST, _MOST_POWER = 1e-3, 4.0
 # About what a typical good cell has: a scale that sees nothing must not silence another that does.
 _LEAST = 0.05
 
@@ -296,7 +296,10 @@ class FoldedScoring(nn.Module):
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         top, mean = self.statistics(anomaly_map)
-        return 1 - (1 - top) * (1 - mean) ** self.mean_power if self.mean_power else top
+        if not self.mean_power:
+            return top
+        # By rounding a mean may be more than 1, and no power of what is negative is a number.
+        return 1 - (1 - top) * (1 - mean).clamp_min(0) ** self.mean_power
 
     def statistics(self, anomaly_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean of a map's highest values, and that of all that is looked at.

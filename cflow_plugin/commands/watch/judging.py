@@ -65,8 +65,8 @@ class Judge:
 
     def __init__(self, settings: Following, file: Path) -> None:
         self.file = file
-        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.compiled = compile_exported(file, settings.device, settings.precision)
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.reference = read_reference_scores(file)
         self._unsure, self._threshold = settings.unsure, settings.threshold
         self._smoother, self._smoothing = Smoother(settings.smoothing), settings.smoothing
