@@ -410,7 +410,7 @@ def test_in_a_browser(page, tmp_path):
             assert "anomalous" in tab.inner_text("#images li.anomalous")
             assert "No change" in tab.inner_text("#verdict")
             assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-            loaded = "[...document.images].every((image) => image.complete && image.naturalWidth)"
+            loaded = "[...document.images].every((image) => !image.src || (image.complete && image.naturalWidth))"
             until(lambda tab=tab, loaded=loaded: tab.evaluate(loaded))
             tab.screenshot(path=tmp_path / f"{scheme} {width}.png", full_page=True)
             context.close()

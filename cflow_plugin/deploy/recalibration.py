@@ -25,6 +25,7 @@ from cflow_plugin.images.reading import ImageFileError, read_image
 
 logger = logging.getLogger(__name__)
 
+_STEPS = 8
 _HALF = 0.5  # where a file's scores and maps have their threshold
 
 
@@ -86,12 +87,19 @@ def recalibrate_file(
             "changed than a threshold can make up for; train anew."
         )
         raise CflowError(message)
-    new = _with_thresholds(old, *edges)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target.parent, last=target.name) as partial:
-        ov.save_model(new, partial / target.name, compress_to_fp16=False)
-        # Once more, since rounding may put a score on another side of another.
-        own_scores, own_levels = _score(partial / target.name, images, device)
+        for steps in range(_STEPS):
+            # By rounding the image on the threshold may come to lie above it in the new file: a little more, then.
+            raised = (float(np.float32(edge) + steps * np.spacing(np.float32(edge))) for edge in edges)
+            new = _with_thresholds(old, *raised)
+            ov.save_model(new, partial / target.name, compress_to_fp16=False)
+            own_scores, own_levels = _score(partial / target.name, images, device)
+            if max(np.sort(own_scores)[rank], np.sort(own_levels)[rank]) <= _HALF:
+                break
+        else:
+            message = "The scores of these images lie so close together that rounding decides: use others."
+            raise CflowError(message)
         _note(new, own_scores, own_levels, rate)
         ov.save_model(new, partial / target.name, compress_to_fp16=False)
     return Recalibration(target, rate, len(images), edges[0], int(np.sum(scores > _HALF)))
