@@ -5,6 +5,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cflow_plugin import CflowError
+from cflow_plugin.commands.benchmark import speed
 from cflow_plugin.commands.benchmark.candidates import Candidate, build_model, export_model, load, unavailable
 from cflow_plugin.commands.benchmark.report import left_out, print_fast_enough, print_table
 
@@ -138,3 +140,20 @@ def test_what_is_fast_enough_is_named_the_most_accurate_first(capsys):
     assert "not measured" in lines[2]
     print_fast_enough(rows, 150, console)
     assert "No setting" in capsys.readouterr().out
+
+
+def test_a_failed_export_does_not_end_the_others(tmp_path, monkeypatch):
+    """Each candidate has a folder of its own, and what cannot be exported is left out with its reason."""
+
+    def export(model, candidate, folder):
+        if candidate.precision == "int8":
+            (folder / "rest").touch()
+            raise CflowError("it cannot be quantized")
+        return export_model(model, candidate, folder)
+
+    monkeypatch.setattr(speed, "export_model", export)
+    wanted = [Candidate("encoder", "resnet18", 64, 1, "openvino", precision) for precision in ("int8", "f32")]
+    skipped: dict[str, list[str]] = {}
+    prepared = speed._prepare(wanted, tmp_path, 1, skipped)
+    assert [candidate.precision for candidate, _ in prepared] == ["f32"]
+    assert list(skipped) == ["it cannot be quantized"]

@@ -130,9 +130,8 @@ def _export_once(candidate: Candidate, folder: Path, files: dict[tuple, tuple[Pa
     facts: dict = {"parameters_mb": sum(tensor.numel() for tensor in tensors) * 4 / 1e6, "source": None}
     if not candidate.runtime.startswith("torch"):
         if candidate.file_key not in files:
-            target = folder / str(len(files))
-            target.mkdir()
-            files[candidate.file_key] = export_model(model, candidate, target)
+            # Of a name of its own: a failed export leaves its folder behind.
+            files[candidate.file_key] = export_model(model, candidate, Path(tempfile.mkdtemp(dir=folder)))
         path, seconds = files[candidate.file_key]
         facts["file_mb"] = sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}*")) / 1e6
         facts["export_seconds"] = seconds
