@@ -1,6 +1,7 @@
 """False alarms asked for and found, and what defects are still found at that threshold.
 
     python benchmarks/false_alarms.py --weights resnet18.safetensors --data DATA --categories [cookies, magnetic_tile]
+    python benchmarks/false_alarms.py --weights resnet18.safetensors --resolution 768 --tile 384 --splits 200
 
 DATA holds one folder a category in MVTec AD's layout. For each category a model is trained by the default recipe on
 half of the good training images. The other half and the good test images are a pool that the model has never seen. It
@@ -8,13 +9,13 @@ is split at random, many times, into images that set the threshold and images th
 splits make the two exchangeable, which is all that the guarantee asks for. The same is done with procedural textures.
 The splits share one pool and one model, so they are not independent of each other; each of them alone is a fair trial.
 
-Two shares of false alarms are counted: normal images above the image threshold, and normal images whose mask shows any
-pixel. Whether a split is inside is judged twice. The *binomial* interval (95 %, Clopper-Pearson) around what was found
-must hold the rate that was asked for. It takes the threshold's own rate to be exactly that, though a threshold from n
-images has a rate that scatters around it. So that this scatter is small beside the interval, five sixths of a pool set
-the threshold and one sixth checks it (``--checked``). How many can then be inside is computed from the theory
-and stands beside what was found. The *beta-binomial* interval (the middle 95 % of the number of alarms) allows for
-both.
+Three shares of false alarms are counted: normal images above the image threshold, normal images whose mask shows any
+pixel, and normal images with a region of at least ``--smallest`` pixels. Whether a split is inside is judged twice. The
+*binomial* interval (95 %, Clopper-Pearson) around what was found must hold the rate that was asked for. It takes the
+threshold's own rate to be exactly that, though a threshold from n images has a rate that scatters around it. So that
+this scatter is small beside the interval, five sixths of a pool set the threshold and one sixth checks it
+(``--checked``). How many can then be inside is computed from the theory and stands beside what was found. The
+*beta-binomial* interval (the middle 95 % of the number of alarms) allows for both.
 """
 
 import tempfile
@@ -38,55 +39,63 @@ from training import publish
 from cflow_plugin import CflowPlugin
 from cflow_plugin.data import Textures
 from cflow_plugin.decisions.conformal import images_needed, threshold_rank
+from cflow_plugin.decisions.regions import region_level
 
 CHECKED_AT_LEAST = 10
 PIXEL_STRIDE = 4  # of the pixels that pixel recall and the F1-optimal pixel threshold are read on
 
 
 def main(
-    data: Path,
     weights: Path,
-    categories: list[str],
-    textures: list[str] = ["weave", "wood_grain"],  # noqa: B006  shown in --help
+    data: Path | None = None,
+    categories: list[str] = [],  # noqa: B006  shown in --help
+    textures: list[str] = ["weave", "wood_grain"],  # noqa: B006
     rates: list[float] = [0.01, 0.05, 0.1],  # noqa: B006
     splits: int = 500,
     pool: int = 300,
     checked: float = 1 / 6,
+    resolution: int = 256,
+    tile: int = 0,
+    smallest: int = 16,
     seed: int = 0,
     output: Path = Path("results/benchmarks/false_alarms"),
 ) -> None:
     """Compare false-alarm rates found with those asked for, and write the figures as JSON and Markdown.
 
     Args:
-        data: Folder with one folder a category, in MVTec AD's layout.
         weights: ResNet-18 weights in timm's names, .safetensors, at least up to layer3.
+        data: Folder with one folder a category, in MVTec AD's layout; not needed without categories.
         categories: Which categories.
         textures: Which procedural textures.
         rates: False-alarm rates to ask for.
         splits: Random splits of each pool.
         pool: Good images in the pool of a texture.
         checked: Share of a pool that checks the threshold.
+        resolution: Height and width of textures in pixels, and of what the model takes.
+        tile: Look at images in tiles of at most so many pixels; 0 for none.
+        smallest: Pixels of the map that a region has at least.
         seed: Seed of everything.
         output: Folder for the results.
     """
-    data, weights, output = data.resolve(), weights.resolve(), output.resolve()
+    weights, output = weights.resolve(), output.resolve()
+    if categories and data is None:
+        raise SystemExit("The categories are looked for below --data, which is missing.")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sources: list[tuple[str, LightningDataModule]] = [
-            (name, MVTecAD(root=data, category=name, num_workers=0)) for name in categories
+            (name, MVTecAD(root=Path(data or "").resolve(), category=name, num_workers=0)) for name in categories
         ]
-        sources += [
-            (f"{name} (texture)", Textures(root=folder, category=name, train_good=100, test_good=pool - 50, seed=seed))
-            for name in textures
-        ]
+        images = {"train_good": 100, "test_good": pool - 50, "resolution": resolution, "seed": seed}
+        sources += [(f"{name} (texture)", Textures(root=folder, category=name, **images)) for name in textures]
+        sizes = {"image_size": (resolution, resolution), "tile_size": tile or None}
         for name, source in sources:
-            normal, defective = _score(source, weights, seed, Path(folder) / "runs")
+            normal, defective = _score(source, weights, sizes, smallest, seed, Path(folder) / "runs")
             rows += [
                 {"data": name, "asked": rate, **_compare(normal, defective, rate, checked, splits, seed)}
                 for rate in rates
             ]
     columns = ["data", "asked", "held out / checked"]
-    for what in ("images", "masks"):
+    for what in ("images", "masks", "regions"):
         columns += [f"{what}: false alarms", "inside binomial", "inside beta-binomial"]
     columns += ["binomial in theory", "recall", "of pixels", "F1-optimal: false alarms", "recall", "of pixels"]
     table = Table(*columns, box=box.MARKDOWN)
@@ -95,16 +104,20 @@ def main(
             refused = f"not possible: {row['needed']} held out and {CHECKED_AT_LEAST} checked of {row['pool']}"
             table.add_row(row["data"], f"{row['asked']:.0%}", refused)
             continue
-        percentages = [row[key] for key in ("image_alarms", "image_binomial", "image_beta_binomial")]
-        percentages += [row[key] for key in ("mask_alarms", "mask_binomial", "mask_beta_binomial")]
+        percentages = []
+        for what in ("image", "mask", "region"):
+            percentages += [row[f"{what}_{key}"] for key in ("alarms", "binomial", "beta_binomial")]
         percentages += [row[key] for key in ("binomial_expected", "recall", "pixel_recall")]
         percentages += [row[key] for key in ("f1_alarms", "f1_recall", "f1_pixel_recall")]
-        sizes = f"{row['held_out']} / {row['checked']}"
-        table.add_row(row["data"], f"{row['asked']:.0%}", sizes, *(f"{100 * value:.1f} %" for value in percentages))
-    publish("false_alarms", table, {"seed": seed, "splits": splits, "rows": rows}, output)
+        counts = f"{row['held_out']} / {row['checked']}"
+        table.add_row(row["data"], f"{row['asked']:.0%}", counts, *(f"{100 * value:.1f} %" for value in percentages))
+    settings = {"seed": seed, "splits": splits, "resolution": resolution, "tile": tile, "smallest": smallest}
+    publish("false_alarms", table, {**settings, "rows": rows}, output)
 
 
-def _score(source: LightningDataModule, weights: Path, seed: int, folder: Path) -> tuple[dict, dict]:
+def _score(
+    source: LightningDataModule, weights: Path, sizes: dict, smallest: int, seed: int, folder: Path
+) -> tuple[dict, dict]:
     """Train on half of the training images, and score all others: normal ones and defective ones."""
     source.val_split_mode = ValSplitMode.NONE
     source.prepare_data()
@@ -114,9 +127,8 @@ def _score(source: LightningDataModule, weights: Path, seed: int, folder: Path) 
     half = len(order) // 2
     left = source.train_data.subsample(sorted(order[half:]))
     source.train_data = source.train_data.subsample(sorted(order[:half]))
-    model = CflowPlugin(
-        layers=["layer2", "layer3"], weights=str(weights), target_false_alarm_rate=None, visualizer=False
-    )
+    common = {"weights": str(weights), "target_false_alarm_rate": None, "visualizer": False}
+    model = CflowPlugin(layers=["layer2", "layer3"], **common, **sizes)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Engine(default_root_dir=folder, accelerator="cpu", limit_val_batches=0, **quiet).fit(model, datamodule=source)
     model.eval()
@@ -130,7 +142,8 @@ def _score(source: LightningDataModule, weights: Path, seed: int, folder: Path) 
         if item.gt_label:
             given = torch.nn.functional.interpolate(item.gt_mask[None, None].float(), size)[0, 0]
             mask = given[::PIXEL_STRIDE, ::PIXEL_STRIDE].numpy() > 0
-        values = {"score": result.pred_score.item(), "maximum": result.anomaly_map.max().item()}
+        whole = result.anomaly_map[0, 0].numpy()
+        values = {"score": result.pred_score.item(), "maximum": whole.max(), "region": region_level(whole, smallest)}
         for key, value in {**values, "map": anomaly_map, "mask": mask}.items():
             sides[int(item.gt_label)].setdefault(key, []).append(value)
     return tuple({key: np.array(values) for key, values in side.items()} for side in sides)
@@ -153,7 +166,7 @@ def _compare(normal: dict, defective: dict, rate: float, share: float, splits: i
     low, high = theory.ppf([0.025, 0.975])
     beta_binomial = (low <= counts) & (counts <= high)
     generator = np.random.default_rng(seed)
-    alarms = {"score": [], "maximum": []}
+    alarms = {"score": [], "maximum": [], "region": []}
     recalls, pixel_recalls = [], []
     for _ in range(splits):
         order = generator.permutation(total)
@@ -168,12 +181,15 @@ def _compare(normal: dict, defective: dict, rate: float, share: float, splits: i
     return {
         "held_out": held_out,
         "checked": checked,
-        "image_alarms": float(np.mean(alarms["score"]) / checked),
-        "image_binomial": float(binomial[alarms["score"]].mean()),
-        "image_beta_binomial": float(beta_binomial[alarms["score"]].mean()),
-        "mask_alarms": float(np.mean(alarms["maximum"]) / checked),
-        "mask_binomial": float(binomial[alarms["maximum"]].mean()),
-        "mask_beta_binomial": float(beta_binomial[alarms["maximum"]].mean()),
+        **{
+            f"{what}_{name}": float(found.mean())
+            for what, key in (("image", "score"), ("mask", "maximum"), ("region", "region"))
+            for name, found in (
+                ("alarms", np.array(alarms[key]) / checked),
+                ("binomial", binomial[alarms[key]]),
+                ("beta_binomial", beta_binomial[alarms[key]]),
+            )
+        },
         "binomial_expected": float((theory.pmf(counts) * binomial).sum()),
         "beta_binomial_expected": float((theory.pmf(counts) * beta_binomial).sum()),
         "recall": float(np.mean(recalls)),
