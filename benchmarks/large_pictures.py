@@ -239,16 +239,15 @@ def run_way(way: str, folder: Path, weights: Path, size: tuple[int, int], runs: 
         start = time.perf_counter()
         batches = engine.predict(model, dataloaders=data.test_dataloader()) or []
     seconds = (time.perf_counter() - start) / max(1, len(batches))
-    found = measure(batches, size)
+    found = measure(batches)
     return {"way": way, **found, "train_seconds": trained, "picture_seconds": seconds, "peak_gib": _peak()}
 
 
-def measure(batches: list[Any], size: tuple[int, int]) -> dict[str, float]:
-    """Metrics of predictions at the pictures' own size, whatever they were resized to.
+def measure(batches: list[Any]) -> dict[str, float]:
+    """Metrics of predictions at the pictures' own sizes, whatever they were resized to.
 
     Args:
         batches: Predictions, with masks' paths.
-        size: Height and width of the pictures.
     """
     from cflow_plugin.metrics import AUPRO, AUROC
     from cflow_plugin.metrics.found import SIZES, FalseRegions, RegionRecall
@@ -266,6 +265,7 @@ def measure(batches: list[Any], size: tuple[int, int]) -> dict[str, float]:
         for index, path in enumerate(batch.image_path):
             label = "good" not in Path(path).parts
             own = (*Path(path).parts[:-3], "ground_truth", *Path(path).parts[-2:])
+            size = cv2.imread(path).shape[:2]
             mask = np.zeros(size, bool)
             if label:
                 mask = cv2.imread(str(Path(*own).with_suffix(".png")), cv2.IMREAD_GRAYSCALE) > 0
