@@ -151,6 +151,27 @@ def test_a_transformer_in_every_form(tmp_path):
     assert [1536, 384] in in_bytes, "the later half of the encoder keeps its weights in 8 bits"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"backbone": "gabor", "layers": ["scale2"], "tile_size": 64},  # a layer has a product in each tile
+        {"backbone": "test_vit", "layers": [0, 1]},  # layers that are alike, as in any model that is not trained
+    ],
+    ids=str,
+)
+def test_what_int8_may_be(settings):
+    """The decoders' blocks compute in INT8, all of them, and the whitening never does."""
+    size = (64, 96)
+    model = random_model(size, **settings)
+    quantized = quantize(convert_to_openvino(model, size), [image[None].numpy() for image in images_of(size, 2)])
+    products = [node for node in quantized.get_ops() if node.get_type_name() == "MatMul"]
+    decoders = [node for node in products if node.get_friendly_name().startswith("flows.")]
+    assert len({node.get_friendly_name() for node in decoders}) == len(decoders) > 6
+    for node in decoders:
+        is_quantized = node.input_value(0).get_node().get_type_name() == "FakeQuantize"
+        assert is_quantized == (".blocks." in node.get_friendly_name()), node.get_friendly_name()
+
+
 @pytest.mark.long
 def test_the_log_determinant_survives(trained):
     """A converter that drops an option of softplus shifts every likelihood; the map alone would hide it."""

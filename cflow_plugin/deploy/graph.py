@@ -231,14 +231,22 @@ def _keep_positions_in_parts(converted: ov.Model, model: FoldedModel) -> None:
 
 
 def _name_matrix_products(converted: ov.Model, model: FoldedModel) -> None:
-    """Call the decoders' matrix products what the model calls them, ``flows.0.blocks.3.first`` for example."""
+    """Call the decoders' matrix products what the model calls them, ``flows.0.blocks.3.first`` for example.
+
+    No name is given twice, as NNCF would then not know which is meant: in tiles a layer has a product in each, and the
+    layers of several scales may be the same in a model that is not trained.
+    """
     layers = {name: module.weight.numpy() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for node in converted.get_ops():
+    given = dict.fromkeys(layers, 0)
+    for node in converted.get_ordered_ops():
         if node.get_type_name() != "MatMul":
             continue
         weight = node.input_value(1).get_node()
         if weight.get_type_name() != "Constant":
             continue
-        for name, value in layers.items():
-            if value.shape == tuple(weight.shape) and np.array_equal(value, weight.data):
-                node.set_friendly_name(name)
+        shape, data = tuple(weight.shape), weight.data
+        same = [name for name, value in layers.items() if value.shape == shape and np.array_equal(value, data)]
+        if same:
+            name = min(same, key=given.__getitem__)
+            node.set_friendly_name(f"{name}.{given[name]}" if given[name] else name)
+            given[name] += 1

@@ -160,7 +160,6 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
     except nncf.errors.InternalError as error:
-        # Seen with the coarsest scale of the Gabor filter bank.
         msg = f"NNCF cannot quantize a model with this encoder ({error}) Export it with --compression_type fp16."
         raise CflowError(msg) from error
     layers = _named(quantized, {"Convolution", "GroupConvolution", "MatMul"})
