@@ -3,13 +3,14 @@
 __all__ = ["Arrival", "Health", "arrivals", "is_same"]
 
 import glob
+import itertools
 import logging
 import os
 import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -212,12 +213,14 @@ def _files(
     try:
         while not health.ended.is_set():
             told, forgotten = where.told()
+            listing: Iterable[Path] = ()
             if forgotten or time.monotonic() - listed >= where.every:
                 there = where.root.is_dir()
                 health.source = "" if there else f"{where.root} is not there; it is waited for."
-                told = [*told, *((path, False) for path in where.listed())]
+                listing = where.listed()  # one by one: a folder of months is large
                 listed = time.monotonic()
-            for path, written in [*told, *((path, False) for path in list(waiting))]:
+            others = itertools.chain(listing, list(waiting))
+            for path, written in itertools.chain(told, ((path, False) for path in others)):
                 if health.ended.is_set():
                     return
                 if arrival := look(path, written):
