@@ -2,6 +2,7 @@
 
     python benchmarks/large_pictures.py memory --size '[3000, 4000]' --tile 1024
     python benchmarks/large_pictures.py speed
+    python benchmarks/large_pictures.py export --size '[3000, 4000]' --tile 1024
     python benchmarks/large_pictures.py accuracy --weights resnet18.safetensors
     python benchmarks/large_pictures.py accuracy --weights resnet18.safetensors --data /data/ball_screw
 
@@ -13,6 +14,7 @@ resized, and PaDiM in anomalib's tiled ensemble. Results are written after each.
 import json
 import os
 import resource
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import openvino as ov
 import safetensors.torch
 import torch
 from anomalib.data import Folder
@@ -66,6 +69,42 @@ def memory(size: tuple[int, int] = (3000, 4000), tile: int = 1024, threads: int 
         model(torch.rand(1, 3, *size))
     found = {"imports_gib": before, "built_gib": built, "peak_gib": _peak()}
     print(json.dumps({name: round(value, 2) for name, value in found.items()}))
+    return found
+
+
+def export(size: tuple[int, int] = (3000, 4000), tile: int = 1024, threads: int = 2) -> dict[str, float]:
+    """A model in tiles as an OpenVINO file of one size: how it agrees with torch, and what it takes, in this process.
+
+    Args:
+        size: Height and width of the picture.
+        tile: Tiles of at most so many pixels; 0 for none.
+        threads: Threads that torch and OpenVINO use.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = CflowPlugin(
+        layers=["layer2", "layer3"], pre_trained=False, image_size=size, tile_size=tile or None, visualizer=False
+    ).eval()
+    model.model.scoring.log_maximum.zero_()
+    image = torch.rand(1, 3, *size)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        file = model.to_openvino(Path(folder), input_size=size)
+        found = {"export_seconds": time.perf_counter() - start, "export_peak_gib": _peak()}
+        found["file_mb"] = sum(one.stat().st_size for one in Path(folder).rglob("model.*")) / _MEGA
+        start = time.perf_counter()
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = ov.compile_model(file, "CPU", settings)
+        found["compile_seconds"] = time.perf_counter() - start
+    results = compiled(image.numpy())
+    found["picture_seconds"] = min(_timed(lambda: compiled(image.numpy())) for _ in range(3))
+    found["peak_gib"] = _peak()
+    with torch.inference_mode():
+        expected = model.model(model.pre_processor(image))
+    found["torch_seconds"] = _timed(lambda: model.model(model.pre_processor(image)))
+    found["map_differs"] = float(np.abs(results["anomaly_map"] - expected.anomaly_map.numpy()).max())
+    found["map_range"] = float(np.ptp(expected.anomaly_map.numpy()))
+    print(json.dumps({name: float(f"{value:.3g}") for name, value in found.items()}))
     return found
 
 
@@ -366,4 +405,4 @@ def accuracy(
 
 
 if __name__ == "__main__":
-    auto_cli([accuracy, memory, speed], as_positional=False)
+    auto_cli([accuracy, export, memory, speed], as_positional=False)
