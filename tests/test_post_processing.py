@@ -19,7 +19,7 @@ from scipy.stats import beta, betabinom, kstest
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.commands.monitor import monitor
 from cflow_plugin.commands.watch.watch import watch
-from cflow_plugin.decisions.conformal import images_needed, p_values, threshold_rank
+from cflow_plugin.decisions.conformal import images_needed, odd_one, p_values, threshold_rank
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.decisions.reference_images import choose_reference
 from cflow_plugin.decisions.reference_scores import read_reference_scores
@@ -232,6 +232,31 @@ def test_too_few_images_are_refused_with_the_number_needed(tmp_path, data):
         make_engine(tmp_path).fit(model, datamodule=data)
     with pytest.raises(CflowError, match="no image in"):
         make_engine(tmp_path).fit(quick_model(held_out_images=str(tmp_path / "absent")), datamodule=data)
+
+
+@pytest.mark.parametrize(("images", "rate"), [(19, 0.05), (40, 0.05), (200, 0.01)])
+def test_an_image_is_hardly_ever_called_odd_without_reason(images, rate):
+    generator = np.random.default_rng(0)
+    draws = (1 - np.exp(-generator.exponential(0.3, images)) for _ in range(1000))
+    assert sum(odd_one(scores, rate) is not None for scores in draws) < 80
+    scores = 1 - np.exp(-generator.exponential(0.3, images))
+    scores[7] = 0.999
+    assert odd_one(scores, 1 / (images + 1)) == 7
+    assert odd_one(scores, 0.3) is None
+    assert odd_one(np.full(images, 0.4), rate) is None
+
+
+def test_training_names_a_held_out_image_that_is_unlike_the_others(tmp_path, data, caplog):
+    good = sorted((data.root / data.category / "train/good").glob("*.png"))
+    (tmp_path / "held out").mkdir()
+    for path in good[:10]:
+        (tmp_path / "held out" / path.name).write_bytes(path.read_bytes())
+    odd = tmp_path / "held out/odd.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(odd)
+    model = quick_model(target_false_alarm_rate=0.09, held_out_images=str(odd.parent))
+    with caplog.at_level(logging.WARNING):
+        make_engine(tmp_path / "run").fit(model, datamodule=data)
+    assert [str(odd) in record.getMessage() for record in caplog.records if "rests on" in record.getMessage()] == [True]
 
 
 def test_held_out_images_are_scored_as_new_ones_and_not_trained_on(calibrated, data):

@@ -1,5 +1,6 @@
 """Thresholds set anew in an exported file: against ranks counted by hand in the old file's scores."""
 
+import logging
 import math
 
 import cv2
@@ -10,6 +11,7 @@ from scipy import ndimage
 
 from cflow_plugin import CflowError
 from cflow_plugin.commands.check import check
+from cflow_plugin.commands.recalibrate import recalibrate
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy.recalibration import recalibrate_file
 from cflow_plugin.deploy.runtime import compile_exported
@@ -62,7 +64,7 @@ def test_of_a_trained_model(made, tmp_path):
     assert old.read_bytes() == before
     old_scores, _, old_maps, _ = outcomes(old, reference)
     threshold = sorted(old_scores)[36 - 1]  # 40 * 0.9, counted from 1
-    assert done == (tmp_path / "new.xml", 0.1, 39, pytest.approx(float(threshold), abs=1e-7), done.alarms)
+    assert done == (tmp_path / "new.xml", 0.1, 39, pytest.approx(float(threshold), abs=1e-7), done.alarms, None)
     assert done.alarms == sum(score > 0.5 for score in old_scores)
 
     scores, labels, maps, masks = outcomes(tmp_path / "new.xml", reference)
@@ -129,6 +131,18 @@ def test_the_rate_is_kept(tmp_path):
     # Beta(5, 20) is the rate of one draw, so 12 draws of 36 images each have a standard deviation of about 0.03.
     spread = math.sqrt(0.2 * 0.8 / 26 / 12 + 0.2 * 0.8 / total)
     assert abs(alarms / total - rate) < 3.5 * spread + 1 / 255
+
+
+def test_an_image_unlike_the_others_is_named(tmp_path, caplog):
+    model = save_brightness_model(tmp_path / "model.xml")
+    images = shades(tmp_path / "good", [*range(100, 129), 240])
+    odd = next(path for path in images if cv2.imread(str(path)).max() == 240)
+    assert recalibrate_file(model, images, tmp_path / "new.xml", rate=0.05).odd == odd
+    # With a higher rate the threshold does not rest on it.
+    assert recalibrate_file(model, images, tmp_path / "other.xml", rate=0.1).odd is None
+    with caplog.at_level(logging.WARNING):
+        recalibrate(model, str(tmp_path / "good"), tmp_path / "third.xml", rate=0.05)
+    assert str(odd) in caplog.text
 
 
 def test_what_is_refused(tmp_path):

@@ -39,3 +39,9 @@ def recalibrate(
         done.alarms,
         done.threshold,
     )
+    if done.odd is not None:
+        logger.warning(
+            "The threshold rests on one image that is far more unusual than the others, %s. Look at it: if it is no "
+            "good part, take it out and do this again.",
+            done.odd,
+        )

@@ -1,6 +1,6 @@
 """Thresholds and p-values from the scores of normal reference images (split conformal prediction)."""
 
-__all__ = ["check_enough", "images_needed", "p_value_of_rank", "p_values", "threshold_rank"]
+__all__ = ["check_enough", "images_needed", "odd_one", "p_value_of_rank", "p_values", "threshold_rank"]
 
 from fractions import Fraction
 from math import ceil, floor
@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cflow_plugin.errors import CflowError
+
+# Of fewer images none can be called odd, and where all are nearly the same a small difference is none.
+_FEWEST = 9
+_LEAST = 0.1
 
 
 def images_needed(rate: float) -> int:
@@ -68,6 +72,34 @@ def check_enough(images: int, rate: float) -> None:
             f"{images}. Add images, or ask for a rate of {1 / (images + 1):.3g} or more."
         )
         raise CflowError(msg)
+
+
+def odd_one(scores: ArrayLike, rate: float) -> int | None:
+    """The reference image that the threshold rests on, if its score lies far beyond those below it.
+
+    One good image that is unlike the others, of another camera perhaps, or not good after all, moves the threshold so
+    far that few defects are above it. The rate is kept all the same, so it can only be pointed at. Far is more than
+    twice as far above the next score as that is above the median, in ``-log(1 - score)``: were that exponentially
+    distributed, it would happen by chance once in 20 times among 19 images, and once in 400 among 99.
+
+    Args:
+        scores: Of the reference images, in any order, ``(n,)``.
+        rate: False-alarm rate.
+
+    Returns:
+        Its index, or None.
+
+    Example:
+        >>> odd_one([0.1] * 10 + [0.2] * 8 + [0.9], rate=0.05)
+        18
+    """
+    rarity = -np.log1p(-np.clip(np.asarray(scores, np.float64), 0, 1 - 1e-7))
+    rank = threshold_rank(len(rarity), rate)
+    if rank < _FEWEST:
+        return None
+    order = np.argsort(rarity, kind="stable")
+    edge, below = rarity[order[rank - 1]], rarity[order[rank - 2]]
+    return int(order[rank - 1]) if edge - below > max(_LEAST, 2 * (below - np.median(rarity))) else None
 
 
 def p_values(scores: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as operations
 
-from cflow_plugin.decisions.conformal import check_enough, threshold_rank
+from cflow_plugin.decisions.conformal import check_enough, odd_one, threshold_rank
 from cflow_plugin.decisions.reference_scores import DECISIONS_KEY, KEY
 from cflow_plugin.decisions.region_files import REGIONS_KEY, note_of, region_settings_of
 from cflow_plugin.decisions.regions import region_level
@@ -38,6 +38,7 @@ class Recalibration(NamedTuple):
         images: Good images that it rests on.
         threshold: The new threshold, in the old file's scores, whose own is 0.5.
         alarms: How many of the images the old file called anomalous.
+        odd: The image that the threshold rests on, if it is far more unusual than the others.
     """
 
     model: Path
@@ -45,6 +46,7 @@ class Recalibration(NamedTuple):
     images: int
     threshold: float
     alarms: int
+    odd: Path | None
 
 
 def recalibrate_file(
@@ -102,7 +104,9 @@ def recalibrate_file(
             raise CflowError(message)
         _note(new, own_scores, own_levels, rate)
         ov.save_model(new, partial / target.name, compress_to_fp16=False)
-    return Recalibration(target, rate, len(images), edges[0], int(np.sum(scores > _HALF)))
+    found = [index for values in (scores, levels) if (index := odd_one(values, rate)) is not None]
+    odd = images[found[0]] if found else None
+    return Recalibration(target, rate, len(images), edges[0], int(np.sum(scores > _HALF)), odd)
 
 
 def _rate_of(model: ov.Model) -> float:

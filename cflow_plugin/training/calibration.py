@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from cflow_plugin.decisions.conformal import odd_one
 from cflow_plugin.decisions.post_processing import ConformalPostProcessor
 from cflow_plugin.images.loading import images_in
 from cflow_plugin.model.folded import in_full_precision
@@ -70,6 +71,7 @@ class Calibration(Callback):
     def end(self) -> None:
         """Let go of features and images."""
         self.vectors: VectorLoader | None = None
+        self._odd: str | None = None
         self._reference: DataLoader[Any] | None = None
         self._score: Callable[[torch.Tensor], InferenceBatch] | None = None
 
@@ -114,6 +116,12 @@ class Calibration(Callback):
                 next(iter(self.vectors))
             self._set(pl_module)
             complete_checkpoints(trainer)
+        if self._odd:
+            logger.warning(
+                "The threshold rests on one good image that is far more unusual than the others, %s. Look at it: if it "
+                "is no good part, or of another camera, take it out and train again; until then defects are missed.",
+                self._odd,
+            )
         self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -171,9 +179,11 @@ class Calibration(Callback):
         model.eval()
         logger.info("Scoring %d good images for the thresholds.", images_in(self._reference))
         processor = cast("ConformalPostProcessor", module.post_processor)
-        scores, maxima = scores_of(self._reference, self._score, processor.levels)
+        scores, maxima, files = scores_of(self._reference, self._score, processor.levels)
         model.train(training)
         processor.calibrate(scores, maxima)
+        odd = (odd_one(values.cpu().numpy(), processor.rate) for values in (scores, maxima))
+        self._odd = next((files[index] for index in odd if index is not None), None)
 
 
 def _forget(module: LightningModule) -> None:
@@ -215,7 +225,7 @@ def scores_of(
     images: DataLoader[Any],
     score: Callable[[torch.Tensor], InferenceBatch],
     levels: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Score images as new ones would be.
 
     Args:
@@ -224,11 +234,12 @@ def scores_of(
         levels: See :meth:`ConformalPostProcessor.levels`.
 
     Returns:
-        The image scores, and the levels of the maps, both ``(N,)``.
+        The image scores, and the levels of the maps, both ``(N,)``, and the images' files.
     """
-    scores, maxima = [], []
+    scores, maxima, files = [], [], []
     for batch in images:
         result = score(batch.image)
         scores.append(result.pred_score)
         maxima.append(levels(cast("torch.Tensor", result.anomaly_map)))
-    return torch.cat(scores), torch.cat(maxima)
+        files += batch.image_path or [f"number {len(files) + place}" for place in range(1, 1 + len(batch.image))]
+    return torch.cat(scores), torch.cat(maxima), files
