@@ -80,7 +80,7 @@ def test_an_interrupt_of_two_processes_ends_in_a_sentence(tmp_path):
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        while not list(tmp_path.rglob("last.ckpt")) and run.poll() is None:
+        while not list((tmp_path / "results").rglob("last.ckpt")) and run.poll() is None:
             time.sleep(0.5)
         os.killpg(run.pid, signal.SIGINT)  # what a terminal does
         assert run.wait(120) == 1

@@ -3,6 +3,7 @@
 __all__ = ["Calibration", "log_likelihoods_of", "scores_of"]
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -126,6 +127,9 @@ class Calibration(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave an interrupted training with a model that can be used."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_rank > 0:
+            # With any other code Lightning kills the first process, which may still be about to say what to do.
+            sys.exit(0)
         started = self.vectors is not None and self.vectors.bank is not None and trainer.global_step > 0
         if not isinstance(exception, KeyboardInterrupt) or not started or self._is_busy:
             return
