@@ -89,6 +89,9 @@ def odd_one(scores: ArrayLike, rate: float) -> int | None:
     Returns:
         Its index, or None.
 
+    Raises:
+        CflowError: If there are too few images for the rate, or it does not lie between 0 and 1.
+
     Example:
         >>> odd_one([0.1] * 10 + [0.2] * 8 + [0.9], rate=0.05)
         18
