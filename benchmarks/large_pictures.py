@@ -7,8 +7,8 @@
     python benchmarks/large_pictures.py accuracy --weights resnet18.safetensors --data /data/ball_screw
 
 `accuracy` draws a procedural set (cast metal, 4000×3000, defects of 8 to 64 pixels) unless it is given real pictures in
-the folders of MVTec AD, and trains and tests each way in a process of its own: CflowPlugin in tiles and resized, PaDiM
-resized, and PaDiM in anomalib's tiled ensemble. Results are written after each.
+the folders of MVTec AD, and trains and tests each way in a process of its own: CflowPlugin in tiles, resized and (if
+asked for) whole, PaDiM resized, and PaDiM in anomalib's tiled ensemble. Results are written after each.
 """
 
 import json
@@ -237,7 +237,7 @@ def run_way(way: str, folder: Path, weights: Path, size: tuple[int, int], runs: 
     """Train and test one way, in this process, and measure at the pictures' own size.
 
     Args:
-        way: ``tiles``, ``resized``, ``padim`` or ``ensemble``.
+        way: ``tiles``, ``whole`` (the same without tiles), ``resized``, ``padim`` or ``ensemble``.
         folder: The pictures, in the folders of MVTec AD.
         weights: ResNet-18's weights in timm's names.
         size: Height and width of the pictures.
@@ -266,8 +266,9 @@ def run_way(way: str, folder: Path, weights: Path, size: tuple[int, int], runs: 
         common = {"layers": ["layer2", "layer3"], "weights": str(weights), "visualizer": False}
         if way == "padim":
             model: Any = LocalPadim(visualizer=False, pre_processor=Padim.configure_pre_processor(settings["resized"]))
-        elif way == "tiles":
-            model = CflowPlugin(image_size=size, tile_size=settings["tile"], **common, **settings["model"])
+        elif way in ("tiles", "whole"):
+            tile = settings["tile"] if way == "tiles" else None
+            model = CflowPlugin(image_size=size, tile_size=tile, **common, **settings["model"])
         else:
             model = CflowPlugin(image_size=settings["resized"], **common, **settings["model"])
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}

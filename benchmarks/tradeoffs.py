@@ -5,10 +5,10 @@
 
 DATA holds one folder a set, as for ``accuracy.py``. Each of the settings in ``tradeoffs.yaml`` is trained on each set
 by the default recipe and exported in full precision, in FP16, and with decoders in INT8. The test images go through
-OpenVINO in each number format that this processor computes in. Accuracy is compared with
-torch's, and decisions as well, at the threshold of highest F1 on the test images, where they turn most easily. Each cell
-is kept: a run that is cut off goes on where it was. ``speed`` then times the files of the last set in alternating
-rounds, on a machine that does nothing else, and writes a table and a plot of both.
+OpenVINO in each number format that this processor computes in. Accuracy is compared with torch's, and decisions as
+well, at the threshold of highest F1 on the test images, where they turn most easily. Each cell is kept: a run that is
+cut off goes on where it was. ``speed`` then times the files of the last set in alternating rounds, on a machine that
+does nothing else, and writes a table and a plot of both.
 """
 
 import json
@@ -47,7 +47,12 @@ def _formats() -> list[tuple[str, str]]:
     """What is executed: a file, and what OpenVINO computes the rest of it in."""
     able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     lower = ["bf16"] if "BF16" in able else []
-    return [("FP32", "f32"), ("FP16", "f32"), *(("FP32", one) for one in lower), *(("INT8", p) for p in ("f32", *lower))]
+    return [
+        ("FP32", "f32"),
+        ("FP16", "f32"),
+        *(("FP32", one) for one in lower),
+        *(("INT8", p) for p in ("f32", *lower)),
+    ]
 
 
 def measure(folder: Path, encoder: dict[str, Any], settings: dict[str, Any], seed: int, output: Path) -> dict:
@@ -76,7 +81,7 @@ def measure(folder: Path, encoder: dict[str, Any], settings: dict[str, Any], see
     batches = list(data.test_dataloader())
     with torch.inference_mode():
         outputs = [model(image[None]) for batch in batches for image in batch.image]
-    expected = [(float(one.pred_score), one.anomaly_map[0].float().numpy()) for one in outputs]
+    expected = [(float(one.pred_score), one.anomaly_map[0, 0].numpy()) for one in outputs]
     labels = [bool(label) for batch in batches for label in batch.gt_label]
     scores = np.array([score for score, _ in expected])
     precision, recall, thresholds = precision_recall_curve(labels, scores)
@@ -87,42 +92,49 @@ def measure(folder: Path, encoder: dict[str, Any], settings: dict[str, Any], see
 
     def add(name: str, computed: str, path: Path | None, found: list[tuple[float, np.ndarray]]) -> None:
         changed = np.array([score for score, _ in found])
+        parts = path.parent.glob(f"{path.stem}.*") if path else ()
+        differences = [np.abs(a - b).max() for (_, a), (_, b) in zip(found, expected, strict=True)]
         rows.append(
             {
                 "file": name,
                 "computed": computed,
-                "file_mb": sum(one.stat().st_size for one in path.parent.glob(f"{path.stem}.*")) / 1e6 if path else None,
+                "file_mb": sum(part.stat().st_size for part in parts) / 1e6 or None,
                 **_accuracy(batches, found),
                 "same": int(((changed > threshold) == (scores > threshold)).sum()),
                 "images": len(scores),
                 "score_difference": float(np.abs(changed - scores).max()),
-                "map_difference": max(float(np.abs(a - b).max()) for (_, a), (_, b) in zip(found, expected, strict=True)),
+                "map_difference": float(max(differences)),
             }
         )
 
     add("", "torch f32", None, expected)
     files = {
-        name: model.to_openvino(output / name, input_size=None, compression_type=kind, datamodule=data if kind else None)
+        name: model.to_openvino(
+            output / name, input_size=None, compression_type=kind, datamodule=data if kind else None
+        )
         for name, kind in _FILES.items()
     }
     for name, computed in _formats():
         compiled = ov.Core().compile_model(files[name], "CPU", {"INFERENCE_PRECISION_HINT": computed})
         results = [compiled(image[None].numpy()) for batch in batches for image in batch.image]
-        found = [(float(one["pred_score"].item()), one["anomaly_map"].reshape(one["anomaly_map"].shape[-2:])) for one in results]
-        add(name, computed, files[name], [(score, one[None] if expected[0][1].ndim == 3 else one) for score, one in found])
+        add(name, computed, files[name], [(one["pred_score"].item(), one["anomaly_map"][0, 0]) for one in results])
     shutil.rmtree(output / "run")
     return {"rows": rows}
 
 
 def _accuracy(batches: list[Any], found: list[tuple[float, np.ndarray]]) -> dict[str, float]:
     fields = {"fields": ["anomaly_map", "gt_mask"]}
-    metrics = {"image_AUROC": AUROC(fields=["pred_score", "gt_label"]), "pixel_AUROC": AUROC(**fields), "AUPRO": AUPRO(**fields)}
+    metrics = {
+        "image_AUROC": AUROC(fields=["pred_score", "gt_label"]),
+        "pixel_AUROC": AUROC(**fields),
+        "AUPRO": AUPRO(**fields),
+    }
     rest = iter(found)
     for batch in batches:
         of_batch = [next(rest) for _ in range(len(batch.image))]
         values = SimpleNamespace(
             pred_score=torch.tensor([score for score, _ in of_batch]),
-            anomaly_map=torch.from_numpy(np.stack([one.reshape(one.shape[-2:]) for _, one in of_batch])),
+            anomaly_map=torch.from_numpy(np.stack([one for _, one in of_batch])),
             gt_label=batch.gt_label,
             gt_mask=batch.gt_mask.reshape(len(of_batch), *batch.gt_mask.shape[-2:]),
         )
@@ -162,7 +174,9 @@ def accuracy(
             encoder = {**named[name]["encoder"]}
             if encoder["backbone"] == "resnet18":
                 encoder["weights"] = weights.resolve()
-            found = in_own_process(measure, folder, encoder, named[name].get("model", {}), seed, output / "files" / name)
+            found = in_own_process(
+                measure, folder, encoder, named[name].get("model", {}), seed, output / "files" / name
+            )
             cell.write_text(json.dumps(found["rows"]))
     _report(output, pd.DataFrame())
 
@@ -182,7 +196,11 @@ def speed(threads: int = 2, rounds: int = 5, seconds: float = 1.0, output: Path 
         for name, computed in _formats():
             model = ov.Core().read_model(folder / name / "weights/openvino/model.xml")
             model.reshape(image.shape)
-            hints = {"INFERENCE_PRECISION_HINT": computed, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+            hints = {
+                "INFERENCE_PRECISION_HINT": computed,
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+            }
             requests[folder.name, name, computed] = ov.Core().compile_model(model, "CPU", hints).create_infer_request()
     spent: dict[tuple[str, str, str], list[float]] = {key: [] for key in requests}
     for _ in track(range(rounds), "Timing"):
@@ -210,7 +228,8 @@ def _report(output: Path, times: pd.DataFrame) -> None:
     key = ["setting", "file", "computed"]
     found = every.groupby(key, sort=False).agg(
         **{name: (name, "mean") for name in (*_METRICS, "file_mb")},
-        same=("same", "sum"), images=("images", "sum"), map_difference=("map_difference", "max"), sets=("set", "nunique"),
+        same=("same", "sum"), images=("images", "sum"), map_difference=("map_difference", "max"),
+        sets=("set", "nunique"),
     )  # fmt: skip
     # By how much the worst set differs from torch.
     torch_rows = every[every.computed == "torch f32"].set_index(["setting", "set"])
@@ -232,11 +251,20 @@ def _plot(found: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
     timed = found[found.fps.notna()].reset_index()
-    markers = dict(zip(timed[["file", "computed"]].drop_duplicates().itertuples(index=False, name=None), "osD^v<>", strict=False))
+    markers = dict(
+        zip(timed[["file", "computed"]].drop_duplicates().itertuples(index=False, name=None), "osD^v<>", strict=False)
+    )
     for number, (name, rows) in enumerate(timed.groupby("setting", sort=False)):
         for row in rows.itertuples():
             mean = np.mean([getattr(row, metric) for metric in _METRICS])
-            axes.scatter(row.fps, mean, s=4 * row.file_mb + 10, marker=markers[row.file, row.computed], color=f"C{number}", alpha=0.7)
+            axes.scatter(
+                row.fps,
+                mean,
+                s=4 * row.file_mb + 10,
+                marker=markers[row.file, row.computed],
+                color=f"C{number}",
+                alpha=0.7,
+            )
         axes.plot([], [], "s", color=f"C{number}", label=name)
     for (file, computed), marker in markers.items():
         axes.plot([], [], marker, color="black", label=f"{file} file, {computed}")
