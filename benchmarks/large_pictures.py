@@ -29,6 +29,7 @@ from anomalib.data import Folder
 from anomalib.models import Padim
 from jsonargparse import auto_cli
 from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
 from rich.progress import track
 from training import in_own_process
 
@@ -245,7 +246,7 @@ def run_way(way: str, folder: Path, weights: Path, size: tuple[int, int], runs: 
         settings: ``tile``, ``resized``, ``ensemble_size``, ``ensemble_tile``, and CflowPlugin's others under ``model``.
 
     Returns:
-        Metrics, seconds of training and of a picture, and peak memory in GiB.
+        Metrics, seconds of training and of a picture, measuring included, and peak memory in GiB.
     """
     from anomalib.engine import Engine
 
@@ -260,8 +261,11 @@ def run_way(way: str, folder: Path, weights: Path, size: tuple[int, int], runs: 
         "val_split_mode": "same_as_test" if way in ("padim", "ensemble") else "none",
     }  # fmt: skip
     start = time.perf_counter()
+    found = Found()
     if way == "ensemble":
-        batches, trained = _ensemble(data_settings, settings, runs), None
+        trained = None
+        for batch in _ensemble(data_settings, settings, runs):
+            found.add(batch)
     else:
         common = {"layers": ["layer2", "layer3"], "weights": str(weights), "visualizer": False}
         if way == "padim":
@@ -272,36 +276,50 @@ def run_way(way: str, folder: Path, weights: Path, size: tuple[int, int], runs: 
         else:
             model = CflowPlugin(image_size=settings["resized"], **common, **settings["model"])
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        engine = Engine(default_root_dir=runs, accelerator="cpu", **quiet)
+        engine = Engine(default_root_dir=runs, accelerator="cpu", callbacks=[found], **quiet)
         data = Folder(**data_settings)
         engine.fit(model, datamodule=data)
         trained = time.perf_counter() - start
         start = time.perf_counter()
-        batches = engine.predict(model, dataloaders=data.test_dataloader()) or []
-    seconds = (time.perf_counter() - start) / max(1, len(batches))
-    found = measure(batches)
-    return {"way": way, **found, "train_seconds": trained, "picture_seconds": seconds, "peak_gib": _peak()}
+        engine.predict(model, dataloaders=data.test_dataloader(), return_predictions=False)
+    seconds = (time.perf_counter() - start) / max(1, found.batches)
+    return {"way": way, **found.compute(), "train_seconds": trained, "picture_seconds": seconds, "peak_gib": _peak()}
 
 
-def measure(batches: list[Any]) -> dict[str, float]:
-    """Metrics of predictions at the pictures' own sizes, whatever they were resized to.
+class Found(Callback):
+    """Metrics of predictions at the pictures' own sizes, whatever they were resized to; the pictures are not kept."""
 
-    Args:
-        batches: Predictions, with masks' paths.
-    """
-    from cflow_plugin.metrics import AUPRO, AUROC
-    from cflow_plugin.metrics.found import SIZES, FalseRegions, RegionRecall
+    def __init__(self) -> None:
+        from cflow_plugin.metrics import AUPRO, AUROC
+        from cflow_plugin.metrics.found import SIZES, FalseRegions, RegionRecall
 
-    of_maps, of_masks = {"fields": ["anomaly_map", "gt_mask"]}, {"fields": ["pred_mask", "gt_mask"]}
-    metrics = {
-        "image_AUROC": AUROC(fields=["pred_score", "gt_label"]),
-        "AUPRO": AUPRO(**of_maps),
-        "AUPRO_0.05": AUPRO(**of_maps, fpr_limit=0.05),
-        "region_recall": RegionRecall(**of_masks),
-        **{f"recall_{low}_{high}": RegionRecall(**of_masks, sizes=(low, high)) for low, high in SIZES},
-        "false_regions": FalseRegions(**of_masks),
-    }
-    for batch in batches:
+        of_maps, of_masks = {"fields": ["anomaly_map", "gt_mask"]}, {"fields": ["pred_mask", "gt_mask"]}
+        self.batches = 0
+        self._waiting: Any = None
+        self._metrics = {
+            "image_AUROC": AUROC(fields=["pred_score", "gt_label"]),
+            "AUPRO": AUPRO(**of_maps),
+            "AUPRO_0.05": AUPRO(**of_maps, fpr_limit=0.05),
+            "region_recall": RegionRecall(**of_masks),
+            **{f"recall_{low}_{high}": RegionRecall(**of_masks, sizes=(low, high)) for low, high in SIZES},
+            "false_regions": FalseRegions(**of_masks),
+        }
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Note the batch before; this one's masks come from the model's own callbacks, which are called after."""
+        del trainer, pl_module
+        self.on_predict_end()
+        self._waiting = outputs
+
+    def on_predict_end(self, *_: Any) -> None:
+        """Note the last batch."""
+        if self._waiting is not None:
+            self.add(self._waiting)
+        self._waiting = None
+
+    def add(self, batch: Any) -> None:
+        """Note a batch of predictions, with masks' paths."""
+        self.batches += 1
         for index, path in enumerate(batch.image_path):
             label = "good" not in Path(path).parts
             own = (*Path(path).parts[:-3], "ground_truth", *Path(path).parts[-2:])
@@ -319,9 +337,12 @@ def measure(batches: list[Any]) -> dict[str, float]:
                 "pred_score": batch.pred_score[index].reshape(1), "gt_label": torch.tensor([label]),
                 "anomaly_map": maps[None], "pred_mask": decided[None] > 0, "gt_mask": torch.from_numpy(mask)[None],
             }  # fmt: skip
-            for metric in metrics.values():
+            for metric in self._metrics.values():
                 metric.update(SimpleNamespace(**values))
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+    def compute(self) -> dict[str, float]:
+        """All metrics."""
+        return {name: float(metric.compute()) for name, metric in self._metrics.items()}
 
 
 def _ensemble(data: dict[str, Any], settings: dict[str, Any], runs: Path) -> list[Any]:
