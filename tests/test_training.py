@@ -1,5 +1,6 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Se
 from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
 
 from cflow_plugin import CflowError, CflowPlugin
+from cflow_plugin.training.calibration import log_likelihoods_of
 from cflow_plugin.training.feature_bank import FeatureBank
 from cflow_plugin.training.optimization import Pace, learning_rate_schedule
 from cflow_plugin.training.settings import recipe_epochs
@@ -109,6 +111,25 @@ def test_constants_depend_on_training_images_alone(tmp_path, textures):
         make_engine(tmp_path / str(index)).train(model, datamodule=data)
         constants.append(weights_of(model))
     assert_same(*constants)
+
+
+def test_constants_between_epochs_look_at_a_part_of_large_images():
+    seed_everything(0)
+    model = quick_model().model
+    sizes = [(6, 5), (2, 3)]
+    kept = [torch.tensor([0, *range(3, 30)]), torch.arange(6)]
+    bank = SimpleNamespace(positions=kept, sizes=sizes)
+    features = [
+        torch.randn(3, len(places), decoder.whitening.mean.numel())
+        for places, decoder in zip(kept, model.decoders, strict=True)
+    ]
+    every, part = (log_likelihoods_of(bank, features, model, 2, 0, most) for most in (None, 10))
+    for full, drawn, places, expected in zip(every, part, kept, (10, 6), strict=True):
+        known = ~drawn.isnan()
+        assert known.flatten(1).sum(1).tolist() == [expected, expected]
+        assert (known[0] == known[1]).all()
+        assert (~full.isnan()).flatten(1).sum(1).tolist() == [len(places)] * 2
+        torch.testing.assert_close(drawn[known], full[known])
 
 
 def test_constants_are_of_the_images_that_were_not_trained_on(tmp_path, textures):

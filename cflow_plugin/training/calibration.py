@@ -27,9 +27,10 @@ from cflow_plugin.training.vector_loader import VectorLoader
 logger = logging.getLogger(__name__)
 
 # The scoring constants are means and quantiles over all positions of this many training images, whose sampling error is
-# far below their effect. A model still in training makes do with fewer: they serve if the run is cut off there.
+# far below their effect. A model still in training makes do with fewer, and of large ones with a part of their
+# positions: they serve if the run is cut off there.
 _IMAGES = 128
-_INTERIM_IMAGES = 4
+_INTERIM_IMAGES, _INTERIM_POSITIONS = 4, 4096
 
 
 class Calibration(Callback):
@@ -97,7 +98,7 @@ class Calibration(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set constants that serve if the run is cut off here; thresholds of earlier weights are forgotten."""
         if self.step != trainer.global_step:
-            self._set_constants(pl_module, _INTERIM_IMAGES)
+            self._set_constants(pl_module, _INTERIM_IMAGES, _INTERIM_POSITIONS)
             _forget(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,14 +166,14 @@ class Calibration(Callback):
         self._is_busy = False
         self.step = module.global_step
 
-    def _set_constants(self, module: LightningModule, images: int) -> None:
+    def _set_constants(self, module: LightningModule, images: int, positions: int | None = None) -> None:
         if self.vectors is not None and self.vectors.bank is not None:
             model = cast("CflowModel", module.model)
             bank, seed = self.vectors.bank, self.vectors.seed
             unseen = bank.unseen_features
             model.calibrate(
-                log_likelihoods_of(bank, bank.features, model, images, seed),
-                log_likelihoods_of(bank, unseen, model, images, seed) if len(unseen[0]) else None,
+                log_likelihoods_of(bank, bank.features, model, images, seed, positions),
+                log_likelihoods_of(bank, unseen, model, images, seed, positions) if len(unseen[0]) else None,
             )
 
     def _set_thresholds(self, module: LightningModule) -> None:
@@ -197,7 +198,12 @@ def _forget(module: LightningModule) -> None:
 
 @torch.no_grad()
 def log_likelihoods_of(
-    bank: FeatureBank, features: Sequence[torch.Tensor], model: CflowModel, images: int, seed: int
+    bank: FeatureBank,
+    features: Sequence[torch.Tensor],
+    model: CflowModel,
+    images: int,
+    seed: int,
+    most_positions: int | None = None,
 ) -> list[torch.Tensor]:
     """Log-likelihoods of some images' features, for :meth:`CflowModel.calibrate`.
 
@@ -207,19 +213,28 @@ def log_likelihoods_of(
         model: The model.
         images: Number of images, drawn at random.
         seed: Seed of the draw.
+        most_positions: So many positions of each scale, the same in all images; ``None`` for all.
 
     Returns:
-        For each scale ``(N, H_k, W_k)``, nats per dimension; NaN at positions that the bank does not keep.
+        For each scale ``(N, H_k, W_k)``, nats per dimension; NaN at positions that the bank does not keep, or that are
+        not drawn.
     """
     result = []
-    chosen = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(seed))[:images]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(features[0]), generator=generator)[:images]
     for trained, vectors, positions, size in zip(model.decoders, features, bank.positions, bank.sizes, strict=True):
         decoder = in_full_precision(trained)  # as images will be scored
         like = next(decoder.parameters())
-        condition = model.condition(*size, like)[positions]
+        drawn = torch.arange(len(positions))
+        if most_positions is not None and most_positions < len(positions):
+            drawn = torch.randperm(len(positions), generator=generator)[:most_positions]
+        places = positions[drawn]
+        condition = model.condition(*size, like)[places]
         likelihood = like.new_full((len(chosen), size[0] * size[1]), float("nan"))
         for row, image in enumerate(chosen):
-            likelihood[row, positions] = decoder.log_likelihood(vectors[image].to(like), condition)
+            likelihood[row, places] = decoder.log_likelihood(
+                vectors[image, drawn.to(vectors.device)].to(like), condition
+            )
         result.append(likelihood.unflatten(1, size))
     return result
 
