@@ -23,7 +23,7 @@ Run = Callable[[NDArray[Any]], Result]
 """Scores an image ``(H, W, 3)``, blue first: bytes, 16-bit values, or in single precision between 0 and 1."""
 
 # Differences of scores between 0 and 1 that come of fewer digits alone.
-_OF_FEWER_DIGITS = {"f32": 0.0, "f16": 0.005, "bf16": 0.03}
+_OF_FEWER_DIGITS = {"f32": 0.0, "f16": 0.005, "bf16": 0.1}
 _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}  # by OpenVINO's names
 
 
