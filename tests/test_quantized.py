@@ -166,7 +166,7 @@ def test_trained_restored_and_exported(tmp_path):
         expected, found = model.eval()(images), restored(images)
     torch.testing.assert_close(found.pred_score, expected.pred_score)
     for path in (restored.to_openvino(tmp_path / "plain"), restored.to_onnx(tmp_path / "plain")):
-        check(path, checkpoint, output=tmp_path / "check.json")  # it would end with an exit code
+        check(path, checkpoint, output=tmp_path / "check.json", precisions=("f32",))  # it would end with an exit code
     path = restored.to_openvino(tmp_path, input_size=(64, 64), compression_type="int8_ptq", datamodule=data)
     kinds = [node.get_type_name() for node in ov.Core().read_model(path).get_ops()]
     assert kinds.count("FakeQuantize") > len(scales)  # the decoders' are added

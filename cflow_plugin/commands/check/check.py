@@ -23,7 +23,7 @@ from cflow_plugin.commands.check.comparison import (
     reference_scores_hold,
 )
 from cflow_plugin.commands.check.file import Finding, check_file, rate_of
-from cflow_plugin.commands.check.runtimes import Run, runtimes_for
+from cflow_plugin.commands.check.runtimes import Precision, Run, runtimes_for
 from cflow_plugin.commands.score.listing import list_images
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy.fingerprint import RELEASE, size_of, size_of_pattern, stored_types
@@ -47,6 +47,7 @@ def check(
     images: str | None = None,
     output: Path = Path("results/check.json"),
     tolerance: float = 1e-3,
+    precisions: tuple[Precision, ...] = ("f32", "f16", "bf16"),
 ) -> None:
     """Check an exported file: whether it decides as it was trained to, in every runtime at hand.
 
@@ -65,6 +66,8 @@ def check(
         output: JSON file for the results. The exit code is 3 if something differs, 0 if not.
         tolerance: Difference of scores and maps that counts as none in single precision. OpenVINO may differ by 0.005
             in f16 and by 0.1 in bf16, runtimes by 0.02 in INT8, and a compressed file by 0.2 from its checkpoint.
+        precisions: What OpenVINO computes in, f32 in any case. Where a processor has bf16, OpenVINO takes it unless
+            told otherwise; ``[f32]`` leaves out what is not used on the line.
     """
     if not 0 < tolerance < 1:
         message = f"--tolerance must lie between 0 and 1, got {tolerance}."
@@ -92,7 +95,9 @@ def check(
 
     rows: list[Row] = []
     expected, single = None, []
-    for runtime in runtimes_for(model.absolute(), exported, trained, trained is not None and not is_compressed):
+    for runtime in runtimes_for(
+        model.absolute(), exported, trained, trained is not None and not is_compressed, precisions
+    ):
         allowed = max(of_file, runtime.rounding, _COMPRESSED if is_compressed and runtime.of_checkpoint else 0)
         row, results = compare(runtime, pictures, expected, allowed, alarms)
         expected = expected or results or None

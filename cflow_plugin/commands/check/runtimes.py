@@ -1,15 +1,15 @@
 """What can run an exported file here, each behind the same call."""
 
-__all__ = ["NotHereError", "Run", "Runtime", "runtimes_for"]
+__all__ = ["NotHereError", "Precision", "Run", "Runtime", "runtimes_for"]
 
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -22,8 +22,11 @@ from cflow_plugin.deploy.runtime import bits_of
 Run = Callable[[NDArray[Any]], Result]
 """Scores an image ``(H, W, 3)``, blue first: bytes, 16-bit values, or in single precision between 0 and 1."""
 
+Precision = Literal["f32", "f16", "bf16"]
+"""What OpenVINO computes in."""
+
 # Differences of scores between 0 and 1 that come of fewer digits alone.
-_OF_FEWER_DIGITS = {"f32": 0.0, "f16": 0.005, "bf16": 0.1}
+_OF_FEWER_DIGITS: dict[Precision, float] = {"f32": 0.0, "f16": 0.005, "bf16": 0.1}
 _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}  # by OpenVINO's names
 
 
@@ -47,7 +50,13 @@ class Runtime(NamedTuple):
     of_checkpoint: bool = False
 
 
-def runtimes_for(path: Path, model: ov.Model, trained: Any = None, torch_first: bool = False) -> list[Runtime]:
+def runtimes_for(
+    path: Path,
+    model: ov.Model,
+    trained: Any = None,
+    torch_first: bool = False,
+    precisions: Collection[Precision] = (),
+) -> list[Runtime]:
     """All runtimes that might run a file, the one that others are compared with first.
 
     Args:
@@ -55,10 +64,12 @@ def runtimes_for(path: Path, model: ov.Model, trained: Any = None, torch_first: 
         model: As OpenVINO has read it.
         trained: The trained model that the file was made of, if it is given.
         torch_first: Compare with the trained model, and not with the file in OpenVINO and single precision.
+        precisions: What OpenVINO computes in besides f32.
     """
-    precisions = [
+    in_openvino = [
         Runtime(f"OpenVINO {name}", lambda name=name: _openvino(path, model, name), rounding)
         for name, rounding in _OF_FEWER_DIGITS.items()
+        if name == "f32" or name in precisions
     ]
     others = [
         Runtime("ONNX Runtime", lambda: _onnxruntime(path)),
@@ -67,7 +78,7 @@ def runtimes_for(path: Path, model: ov.Model, trained: Any = None, torch_first: 
     ]
     torch = Runtime("torch", lambda: _torch(trained), of_checkpoint=True)
     inferencer = Runtime("anomalib TorchInferencer", lambda: _torch_inferencer(trained), of_checkpoint=True)
-    of_file = [*precisions, *others]
+    of_file = [*in_openvino, *others]
     return [torch, *of_file, inferencer] if torch_first else [*of_file, torch, inferencer]
 
 
