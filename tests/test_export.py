@@ -247,7 +247,7 @@ def test_int8(trained, textures, tmp_path, kind):
             assert np.abs(node.data.astype(int)).max() <= 64
     images = torch.stack([item.image for item in textures.test_data])
     found = run_openvino(path, images)["anomaly_map"]
-    in_float = ov.Core().compile_model(model, "CPU", {"LP_TRANSFORMS_MODE": "NO"})(images.numpy())["anomaly_map"]
+    in_float = ov.Core().compile_model(model, "CPU", {**F32, "LP_TRANSFORMS_MODE": "NO"})(images.numpy())["anomaly_map"]
     assert np.abs(found - in_float).max() < 0.01
     with torch.no_grad():
         expected = trained(images).anomaly_map.numpy()
