@@ -19,6 +19,7 @@ from cflow_plugin import CflowError, CflowPlugin, __version__
 from cflow_plugin.commands.check import check
 from cflow_plugin.commands.check.comparison import alarms_expected, reference_scores_hold
 from cflow_plugin.commands.check.file import check_file
+from cflow_plugin.commands.check.runtimes import NotHereError, runtimes_for
 from cflow_plugin.decisions.conformal import threshold_rank
 from cflow_plugin.decisions.reference_scores import KEY, read_reference_scores
 from cflow_plugin.deploy import export as export_module
@@ -32,6 +33,7 @@ from cflow_plugin.deploy.fingerprint import (
 )
 from cflow_plugin.deploy.runtime import note_of
 
+from .brightness import save_brightness_model
 from .conftest import SHARED, make_engine, make_textures, once, run_command
 from .test_ends import small_model
 
@@ -393,6 +395,20 @@ def test_the_threshold_is_found_by_trying(kind, threshold, batch):
     assert decision_threshold(model) == pytest.approx(threshold, abs=1e-6)
     whole = ov.Core().compile_model(model, "CPU")
     assert whole(np.full((abs(batch), 3, 4, 4), 0.5, np.float32))["pred_score"][0] == 0.5
+
+
+def test_openvino_computes_in_what_is_asked_for(tmp_path):
+    path = save_brightness_model(tmp_path / "model.xml")
+    model = ov.Core().read_model(path)
+    runtimes = {one.name: one for one in runtimes_for(path, model, precisions=("bf16",))}
+    assert [name for name in runtimes if name.startswith("OpenVINO")] == ["OpenVINO f32", "OpenVINO bf16"]
+    pixels = np.full((8, 8, 3), 1000 / 3000, np.float32)
+    assert runtimes["OpenVINO f32"].open()(pixels).score == pytest.approx(1 / 3, abs=1e-6)
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(NotHereError, match="does not compute in bf16"):
+            runtimes["OpenVINO bf16"].open()
+    else:
+        assert runtimes["OpenVINO bf16"].open()(pixels).score == pytest.approx(1 / 3, abs=2**-8)
 
 
 def test_what_cannot_be_checked(export, tmp_path):

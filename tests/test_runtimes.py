@@ -160,8 +160,6 @@ def test_fifty_images_in_every_runtime(bits, trained, export, camera_file, train
         for runtime in runtimes:
             if kind == "onnx" and ("model-api" in runtime.name or "OpenVINOInferencer" in runtime.name):
                 continue  # as OpenVINO, which reads the file for them
-            if runtime.rounding:  # of fewer digits
-                continue
             try:
                 run = runtime.open()
             except NotHereError as error:

@@ -6,6 +6,7 @@ that all but the start of Python and the imports is as on a user's machine. Some
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -77,6 +78,7 @@ def _serve(modules: list[str]) -> None:
 
 def _become(request: dict) -> None:
     """Be the program; what it raises goes the way of all exceptions."""
+    atexit.register(gc.unfreeze)  # what is never let go of, some libraries call a leak
     os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
