@@ -236,7 +236,7 @@ def _report(output: Path, times: pd.DataFrame) -> None:
         found = found.join(times)
         found["fps"] = 1000 / found["ms"]
         _plot(found).savefig(output / "tradeoffs.png", dpi=150)
-    text = found.round(4).to_markdown()
+    text = found.round(4).reset_index().to_markdown(index=False)
     (output / "tradeoffs.md").write_text(text + "\n")
     print(text)
 

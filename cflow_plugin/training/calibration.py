@@ -3,6 +3,7 @@
 __all__ = ["Calibration", "log_likelihoods_of", "scores_of"]
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -129,8 +130,11 @@ class Calibration(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave an interrupted training with a model that can be used."""
         if isinstance(exception, KeyboardInterrupt) and trainer.global_rank > 0:
-            # With any other code Lightning kills the first process, which may still be about to say what to do.
-            sys.exit(0)
+            # With any other code Lightning kills the first process, which may still be about to say what to do. At once:
+            # the first may be waiting for this one, and hears of the interrupt when their connection is closed.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         started = self.vectors is not None and self.vectors.bank is not None and trainer.global_step > 0
         if not isinstance(exception, KeyboardInterrupt) or not started or self._is_busy:
             return
