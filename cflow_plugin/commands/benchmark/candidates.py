@@ -2,6 +2,7 @@
 
 __all__ = [
     "Candidate",
+    "EncoderAlone",
     "Loaded",
     "Model",
     "Precision",

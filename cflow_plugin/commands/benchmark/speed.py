@@ -12,15 +12,18 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from anomalib.models.components import AnomalibModule
 from rich.console import Console
 from rich.progress import track
 
 from cflow_plugin.commands.benchmark.candidates import (
     Candidate,
+    EncoderAlone,
     Model,
     Precision,
     Runtime,
@@ -103,11 +106,12 @@ def _prepare(
     """Export what is needed, and find each candidate's size and peak memory."""
     files: dict[tuple, tuple[Path, float]] = {}
     prepared = []
+    build = lru_cache(maxsize=1)(build_model)  # the next candidate is mostly of the same
     for candidate in track(wanted, description="Preparing", transient=True):
         reason = unavailable(candidate)
         if reason is None:
             try:
-                facts = _export_once(candidate, folder, files)
+                facts = _export_once(candidate, build(candidate.model, candidate.backbone, candidate.size), folder, files)
                 facts["peak_memory_mb"] = _in_own_process(_peak_memory, candidate, facts.pop("source"), threads)
                 prepared.append((candidate, facts))
             except (UnavailableError, CflowError, BrokenProcessPool) as error:
@@ -122,9 +126,10 @@ def _source(candidate: Candidate, files: dict[tuple, tuple[Path, float]]) -> Pat
     return None if candidate.runtime.startswith("torch") else files[candidate.file_key][0]
 
 
-def _export_once(candidate: Candidate, folder: Path, files: dict[tuple, tuple[Path, float]]) -> dict:
+def _export_once(
+    candidate: Candidate, model: AnomalibModule | EncoderAlone, folder: Path, files: dict[tuple, tuple[Path, float]]
+) -> dict:
     """Export unless another candidate has done so; size in parameters and on disk, in MB."""
-    model = build_model(candidate.model, candidate.backbone, candidate.size)
     # Batch norm's statistics and Padim's covariances are parameters, too, by the paper's count.
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     facts: dict = {"parameters_mb": sum(tensor.numel() for tensor in tensors) * 4 / 1e6, "source": None}
@@ -140,7 +145,11 @@ def _export_once(candidate: Candidate, folder: Path, files: dict[tuple, tuple[Pa
 
 
 def _in_own_process(function: Callable[..., float], *arguments: object) -> float:
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    # A server imports everything once, and does nothing else that could be in its copies' memory.
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
         return executor.submit(function, *arguments).result()
 
 
