@@ -3,11 +3,13 @@
     python benchmarks/decoders.py --backbones [resnet18, wide_resnet50_2, mobilenetv3_large_100]
 
 The limit is the decoder's multiplications at the speed of one large matrix product in the same runtime and precision.
+In INT8 the whitening stays in the precision of the rest, as in exported files.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import nncf
 import numpy as np
 import openvino as ov
 import torch
@@ -33,17 +35,21 @@ def main(
     Args:
         backbones: timm names of encoders.
         size: Height and width of the images.
-        precision: f32 or bf16.
+        precision: f32, bf16, int8 (the rest in f32) or int8-bf16.
         threads: Threads.
         runs: Runs of each; the median counts.
     """
     settings = {
-        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_PRECISION_HINT": "bf16" if precision.endswith("bf16") else "f32",
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
 
-    def compile_model(model: ov.Model) -> Callable[[np.ndarray], object]:
+    def compile_model(
+        model: ov.Model, example: np.ndarray, kept: Sequence[torch.Tensor] = ()
+    ) -> Callable[[np.ndarray], object]:
+        if precision.startswith("int8"):
+            model = _quantized(model, example, kept)
         request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
         return lambda values: request.infer([values])
 
@@ -51,7 +57,7 @@ def main(
     values = np.random.default_rng(0).random((side, side), dtype=np.float32)
     parameter = operations.parameter([side, side])
     product = compile_model(
-        ov.Model([operations.matmul(parameter, operations.constant(values), False, True)], [parameter])
+        ov.Model([operations.matmul(parameter, operations.constant(values), False, True)], [parameter]), values
     )
     peak = 2 * side**3 / _seconds(product, values, runs)
     table = Table("decoder", "positions", "GFLOP", "limit ms", "ms", "of the limit", box=box.MARKDOWN)
@@ -66,7 +72,8 @@ def main(
             weights = sum(module.weight.numel() for module in flow.modules() if isinstance(module, torch.nn.Linear))
             operations_needed = 2 * weights * height * width
             converted = ov.convert_model(torch.export.export(flow, (features,), strict=False))
-            spent = _seconds(compile_model(converted), features.numpy(), runs)
+            whitening = [layer.weight for name, layer in flow.named_children() if name.startswith("whitening")]
+            spent = _seconds(compile_model(converted, features.numpy(), whitening), features.numpy(), runs)
             limit = operations_needed / peak
             table.add_row(
                 f"{backbone} {layer}, D = {features.shape[1]}",
@@ -79,6 +86,25 @@ def main(
     console = Console(width=120)
     console.print(f"A {side}×{side} matrix product in {precision}, {threads} threads: {peak / 1e9:.0f} GFLOP/s")
     console.print(table)
+
+
+def _quantized(model: ov.Model, example: np.ndarray, kept: Sequence[torch.Tensor]) -> ov.Model:
+    """The model with its matrix products in INT8, but for those with weights that are kept."""
+    names = [
+        node.get_friendly_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul"
+        and any(np.array_equal(node.input_value(1).get_node().data, weight.numpy()) for weight in kept)
+    ]
+    others = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() != "MatMul"]
+    return nncf.quantize(
+        model,
+        nncf.Dataset([example]),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=1,
+        ignored_scope=nncf.IgnoredScope(names=names + others, validate=False),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+    )
 
 
 def _seconds(run: Callable[[np.ndarray], object], values: np.ndarray, runs: int) -> float:

@@ -130,8 +130,8 @@ class Calibration(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave an interrupted training with a model that can be used."""
         if isinstance(exception, KeyboardInterrupt) and trainer.global_rank > 0:
-            # With any other code Lightning kills the first process, which may still be about to say what to do. At once:
-            # the first may be waiting for this one, and hears of the interrupt when their connection is closed.
+            # With any other code Lightning kills the first process, which may still be about to say what to do. Without
+            # tidying up: the first may be waiting for this one, and hears of its end by their connection.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)

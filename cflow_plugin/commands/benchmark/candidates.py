@@ -33,7 +33,7 @@ from torch import nn
 
 from cflow_plugin.anomalib_patches.thresholds import set_thresholds
 from cflow_plugin.baselines.spade import Spade
-from cflow_plugin.deploy.graph import convert_to_openvino, free_dimensions, with_decisions
+from cflow_plugin.deploy.graph import InferenceGraph, convert_to_openvino, free_dimensions, with_decisions
 from cflow_plugin.deploy.quantization import compress, quantize
 from cflow_plugin.model.backbones import BACKBONES
 from cflow_plugin.model.encoder import Encoder
@@ -41,7 +41,7 @@ from cflow_plugin.model.quantized import measure_ranges
 from cflow_plugin.training.lightning_model import CflowPlugin
 
 Model = Literal["CflowPlugin", "CflowPlugin-int8", "encoder", "Cflow", "Padim", "Spade"]
-Runtime = Literal["torch", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime"]
+Runtime = Literal["torch", "torch-compiled", "torch-cuda", "openvino", "openvino-gpu", "onnxruntime"]
 Precision = Literal["f32", "bf16", "f16", "int8", "int8-bf16"]
 
 
@@ -288,11 +288,13 @@ class Loaded:
         run: Runs one batch and waits for the result.
         executed: The precision that is executed.
         queue: Runs this many batches as fast as it can, several at a time, or ``None`` where there is no such mode.
+        seconds: How long compiling it took, where that is no export.
     """
 
     run: Callable[[], object]
     executed: str
     queue: Callable[[int], object] | None = None
+    seconds: float | None = None
 
 
 def load(candidate: Candidate, source: Path | nn.Module, threads: int) -> Loaded:
@@ -314,16 +316,30 @@ def load(candidate: Candidate, source: Path | nn.Module, threads: int) -> Loaded
 def _load_torch(candidate: Candidate, model: nn.Module, images: np.ndarray) -> Loaded:
     cuda = candidate.runtime == "torch-cuda"
     device = "cuda" if cuda else "cpu"
+    compiled = candidate.runtime == "torch-compiled"
+    if compiled:  # the same without checks, as in an exported file
+        model = InferenceGraph(model, (candidate.size, candidate.size)) if isinstance(model, CflowPlugin) else model
+        model = torch.compile(model)
     model, batch = model.to(device), torch.from_numpy(images).to(device)
     lower = candidate.precision == "bf16"
 
-    def run() -> None:
+    def run() -> object:
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=lower):
-            model(batch)
+            result = model(batch)
         if cuda:
             torch.cuda.synchronize()
+        return result
 
-    return Loaded(run, "bf16 (autocast)" if lower else "f32")
+    seconds = None
+    if compiled:
+        start = time.perf_counter()
+        try:
+            run()
+        except Exception as error:
+            message = f"torch.compile ends with {type(error).__name__}: {error}"
+            raise UnavailableError(message.splitlines()[0]) from error
+        seconds = time.perf_counter() - start
+    return Loaded(run, "bf16 (autocast)" if lower else "f32", seconds=seconds)
 
 
 def _load_onnxruntime(path: Path, images: np.ndarray, threads: int) -> Loaded:

@@ -36,7 +36,7 @@ _COLUMNS = {
     "file_mb": "file MB",
     "parameters_mb": "parameters MB",
     "peak_memory_mb": "peak memory MB",
-    "export_seconds": "export s",
+    "export_seconds": "export or compile s",
 }
 # Image AUROC, pixel AUROC and AUPRO as benchmarks/accuracy.py measured them, see docs/encoders.md.
 _ACCURACY = {

@@ -111,7 +111,8 @@ def _prepare(
         reason = unavailable(candidate)
         if reason is None:
             try:
-                facts = _export_once(candidate, build(candidate.model, candidate.backbone, candidate.size), folder, files)
+                model = build(candidate.model, candidate.backbone, candidate.size)
+                facts = _export_once(candidate, model, folder, files)
                 facts["peak_memory_mb"] = _in_own_process(_peak_memory, candidate, facts.pop("source"), threads)
                 prepared.append((candidate, facts))
             except (UnavailableError, CflowError, BrokenProcessPool) as error:
@@ -201,6 +202,7 @@ def _measure(prepared: list[tuple[Candidate, dict]], threads: int, rounds: int, 
                 "fps": candidate.batch / p50,
                 "fps_throughput": candidate.batch * statistics.median(rate) if rate else None,
                 "runs": len(spent),
+                "export_seconds": one.seconds,
                 **{key: value for key, value in facts.items() if key != "source"},
             }
         )
