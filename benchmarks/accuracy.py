@@ -9,8 +9,9 @@ DATA holds one folder a set: ``train/good``, ``test/...`` and ``ground_truth/...
 settings in which each differs from CflowPlugin's default.
 
 A default is chosen on all sets, and what was chosen on a set says little about it. So the table's column "left out"
-shows for each set the variant that is best on all *other* sets. Each cell runs in a process of its own and is kept: a
-run that is cut off goes on where it was. Validation is switched off, and no image is held out for thresholds.
+shows for each set the variant that is best on all *other* sets. Each training runs in a process of its own; variants of
+the scoring alone are tested with the default's training. Each cell is kept: a run that is cut off goes on where it was.
+Validation is switched off, and no image is held out for thresholds.
 """
 
 import json
@@ -22,17 +23,22 @@ import yaml
 from anomalib.data import AnomalibDataModule, Batch, Folder, MVTecAD
 from anomalib.engine import Engine
 from jsonargparse import auto_cli
-from lightning import seed_everything
+from lightning import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from training import METRICS, in_own_process
 
+from cflow_plugin import CflowPlugin
 from cflow_plugin.errors import CflowError
 from cflow_plugin.files import atomic_file
+from cflow_plugin.model.scoring import AnomalyScoring
+from cflow_plugin.training.vector_loader import VectorLoader
 
 RIVALS = ("Padim", "Spade")
 DEFAULT = "CflowPlugin"
+# Settings of CflowPlugin that change nothing of its training.
+SCORING = ("sigma", "top_fraction", "position_correction", "aggregation", "map_mean", "whole_image")
 
 
 def data_of(folder: Path) -> AnomalibDataModule:
@@ -68,8 +74,9 @@ def measure(
     seed: int,
     runs: Path,
     images: int | None = None,
-) -> dict:
-    """Train and test one model once.
+    rescored: dict[str, dict] | None = None,
+) -> dict[str, dict]:
+    """Train one model once, and test it.
 
     Args:
         model: ``CflowPlugin``, ``Cflow``, ``Padim`` or ``Spade``.
@@ -81,9 +88,11 @@ def measure(
         seed: Seed of everything.
         runs: Folder for what training writes.
         images: Train on so many images, drawn at random by the seed; on all by default.
+        rescored: Settings of CflowPlugin's scoring by name, with which what was trained is tested as well.
 
     Returns:
-        The metrics, the mean of the map over good test images, before normalisation, and how many were trained on.
+        By name, that of the settings trained with being empty: the metrics, the mean of the map over good test images,
+        before normalisation, and how many were trained on.
     """
     from cflow_plugin.commands.compare.cell import EncoderChoice, Variant, build_model
 
@@ -94,14 +103,48 @@ def measure(
     if images is not None:
         drawn = torch.randperm(len(data.train_data), generator=torch.Generator().manual_seed(seed))
         data.train_data = data.train_data.subsample(sorted(drawn[:images].tolist()))
-    glow = Glow()
+    glow, kept = Glow(), KeptVectors()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    engine = Engine(default_root_dir=runs, accelerator="cpu", limit_val_batches=0, callbacks=[glow], **quiet)
+    engine = Engine(default_root_dir=runs, accelerator="cpu", limit_val_batches=0, callbacks=[glow, kept], **quiet)
     engine.fit(network, datamodule=data)
     trained_on = len(data.train_data)
-    [metrics] = engine.test(network, datamodule=data, verbose=False)
-    found = {metric: metrics[metric] for metric in METRICS}
-    return {**found, "good_map": sum(glow.means) / len(glow.means), "training_images": trained_on}
+    found = {}
+    for name, changed in {"": None, **(rescored or {})}.items():
+        if changed is not None:
+            rescore(network, changed, kept.vectors)
+        glow.means.clear()
+        [metrics] = engine.test(network, datamodule=data, verbose=False)
+        found[name] = {metric: metrics[metric] for metric in METRICS}
+        found[name] |= {"good_map": sum(glow.means) / len(glow.means), "training_images": trained_on}
+    return found
+
+
+def rescore(network: CflowPlugin, settings: dict, vectors: VectorLoader) -> None:
+    """Let a trained model score as if it had been trained with other settings of the scoring.
+
+    Args:
+        network: The model.
+        settings: The settings that differ from those it was trained with.
+        vectors: What it was trained on.
+    """
+    values = {name: settings.get(name, network.hparams[name]) for name in SCORING}
+    model = network.model
+    model.whole.weight = values.pop("whole_image")
+    scoring = AnomalyScoring(len(model.decoders), **values)
+    scoring.interest = model.scoring.interest
+    model.scoring = scoring
+    network.calibration.begin(vectors, None, network.scored)
+    network.calibration.calibrate(network)
+    network.calibration.end()
+
+
+class KeptVectors(Callback):
+    """What a model was trained on; without this nothing refers to it any more."""
+
+    def on_train_end(self, trainer: object, pl_module: LightningModule) -> None:
+        """Keep it."""
+        del trainer
+        self.vectors = pl_module.calibration.vectors if isinstance(pl_module, CflowPlugin) else None
 
 
 class Glow(Callback):
@@ -168,29 +211,27 @@ def main(
     rows = []
     cells = [(folder, *one, seed) for folder in folders for one in plan for seed in seeds or [0]]
     for folder, model, variant, settings, seed in track(cells, description="Training"):
-        cell = output / "cells" / folder.name / f"{variant}-{seed}{'' if images is None else f'-of-{images}'}.json"
+        few = "" if images is None else f"-of-{images}"
+        files = {name: output / "cells" / folder.name / f"{name}-{seed}{few}.json" for name in (variant, *chosen)}
+        cell = files[variant]
         if not cell.is_file():
             cell.parent.mkdir(parents=True, exist_ok=True)
-            arguments = (
-                model,
-                settings,
-                folder,
-                backbone,
-                layers,
-                weights,
-                seed,
-                output / "runs",
-                images,
-            )
+            rescored = {
+                name: others
+                for name, others in chosen.items()
+                if variant == DEFAULT and others and not set(others) - set(SCORING) and not files[name].is_file()
+            }
+            arguments = (settings, folder, backbone, layers, weights, seed, output / "runs", images, rescored)
             try:
-                found = {"settings": settings, **in_own_process(measure, *arguments)}
+                results = in_own_process(measure, model, *arguments)
             except CflowError as error:  # Padim of one image, which has no covariance, gives no numbers
                 if model == DEFAULT:
                     raise
                 print(f"{model} on {folder.name}: {error}")
-                found = {"settings": settings, **dict.fromkeys((*METRICS, "good_map"), float("nan"))}
-            with atomic_file(cell) as file:
-                file.write_text(json.dumps(found))
+                results = {"": dict.fromkeys((*METRICS, "good_map"), float("nan"))}
+            for name, found in results.items():
+                with atomic_file(files[name or variant]) as file:
+                    file.write_text(json.dumps({"settings": rescored.get(name, settings), **found}))
         found = json.loads(cell.read_text())
         if found.pop("settings") != settings:
             raise SystemExit(f"{cell} was measured with other settings: give the variant another name.")

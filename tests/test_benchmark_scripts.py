@@ -49,6 +49,21 @@ def test_accuracy_is_of_the_images_that_were_asked_for(images, tmp_path, monkeyp
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"), run_name="imported")["measure"]
     folder = tmp_path / "data/weave"
-    found = measure("Spade", {}, folder, "gabor", ["scale1", "scale2"], None, 0, tmp_path / "runs", images=images)
+    arguments = ("Spade", {}, folder, "gabor", ["scale1", "scale2"], None, 0, tmp_path / "runs")
+    [found] = measure(*arguments, images=images).values()
     assert found["training_images"] == (images or 8)
     assert 0.5 < found["pixel_AUROC"] <= 1
+
+
+@pytest.mark.long
+def test_scoring_anew_is_training_with_that_scoring(tmp_path, monkeypatch):
+    data = make_textures(tmp_path / "data", train_good=8, test_good=3)
+    data.prepare_data()
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"), run_name="imported")["measure"]
+    rest = (tmp_path / "data/weave", "gabor", ["scale1", "scale2"], None, 0, tmp_path / "runs")
+    other = {"sigma": 4.0, "top_fraction": 0.01, "position_correction": 0.0, "map_mean": 0.0, "whole_image": 0.0}
+    short = {"epochs": 2}
+    found = measure("CflowPlugin", short, *rest, rescored={"other": other})
+    assert found["other"] != found[""]
+    assert found["other"] == pytest.approx(measure("CflowPlugin", {**short, **other}, *rest)[""], abs=1e-6)

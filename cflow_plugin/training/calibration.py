@@ -94,7 +94,7 @@ class Calibration(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set constants and thresholds before validation scores anything and writes a checkpoint."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._set(pl_module)
+            self.calibrate(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set constants that serve if the run is cut off here; thresholds of earlier weights are forgotten."""
@@ -109,7 +109,7 @@ class Calibration(Callback):
         if trainer.enable_validation:
             validate_now(trainer)  # calls on_validation_start
         else:
-            self._set(pl_module)
+            self.calibrate(pl_module)
         complete_checkpoints(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class Calibration(Callback):
         if self.step != trainer.global_step and self.vectors is not None and trainer.global_step:
             if self.vectors.bank is None:
                 next(iter(self.vectors))
-            self._set(pl_module)
+            self.calibrate(pl_module)
             complete_checkpoints(trainer)
         if self._odd:
             logger.warning(
@@ -149,7 +149,7 @@ class Calibration(Callback):
         if trainer.enable_validation:
             validate_now(trainer)
         else:
-            self._set(pl_module)
+            self.calibrate(pl_module)
         for file in write_checkpoints(trainer):
             logger.info("The model as it is: %s. To go on with the training, pass --ckpt_path last.ckpt.", file)
 
@@ -163,7 +163,12 @@ class Calibration(Callback):
 
     # What is set
 
-    def _set(self, module: LightningModule) -> None:
+    def calibrate(self, module: LightningModule) -> None:
+        """Set constants and thresholds of a model as it is.
+
+        Args:
+            module: The model.
+        """
         self._is_busy = True
         self._set_constants(module, _IMAGES)
         self._set_thresholds(module)
