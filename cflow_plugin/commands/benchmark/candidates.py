@@ -319,7 +319,7 @@ def _load_torch(candidate: Candidate, model: nn.Module, images: np.ndarray) -> L
     compiled = candidate.runtime == "torch-compiled"
     if compiled:  # the same without checks, as in an exported file
         model = InferenceGraph(model, (candidate.size, candidate.size)) if isinstance(model, CflowPlugin) else model
-        model = torch.compile(model)
+        model.compile()
     model, batch = model.to(device), torch.from_numpy(images).to(device)
     lower = candidate.precision == "bf16"
 
