@@ -172,6 +172,34 @@ def test_trained_restored_and_exported(tmp_path):
     assert kinds.count("FakeQuantize") > len(scales)  # the decoders' are added
 
 
+def test_ranges_are_those_of_the_weights_that_are_loaded(tmp_path):
+    torch.manual_seed(1)
+    other = Encoder("test_resnet", ["0", "1"], image_size=(64, 64)).network
+    for parameter in other.parameters():
+        parameter.data *= 2
+    torch.save(other.state_dict(), tmp_path / "weights.pth")
+    settings = {"backbone": "test_resnet", "layers": [0, 1], "weights": str(tmp_path / "weights.pth")}
+    model = CflowPlugin(**{**QUICK, **settings}, encoder_precision="int8", epochs=1)
+    data = make_textures(tmp_path, train_good=4)
+    make_engine(tmp_path).fit(model, datamodule=data)
+    found = {}
+
+    def note(layer, inputs):
+        found.setdefault(layer, []).append(inputs[0].detach())
+
+    encoder = model.model.encoder
+    layers = [layer for layer in encoder.modules() if isinstance(layer, QuantizedConvolution)]
+    for layer in layers:
+        layer.register_forward_pre_hook(note)
+    with torch.no_grad(), in_floating_point(encoder):
+        for batch in data.train_dataloader():
+            encoder(model.prepared(batch.image))
+    for layer in layers:
+        values = torch.cat(found[layer])
+        length = values.max().clamp(min=0) - values.min().clamp(max=0)
+        torch.testing.assert_close(255 * layer.input_scale, length, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "gabor"])
 def test_what_has_few_convolutions_is_refused(backbone):
     with pytest.raises(CflowError, match=r"int8 .* convolution"):

@@ -20,7 +20,6 @@ from cflow_plugin.decisions.post_processing import post_processing
 from cflow_plugin.decisions.reference_images import ReferenceImages
 from cflow_plugin.deploy.export import FoldedExport
 from cflow_plugin.images.checking import ImageFileCheck
-from cflow_plugin.model import weights as encoder_weights
 from cflow_plugin.model.encoder import Padding, Precision
 from cflow_plugin.model.flow import Permutation
 from cflow_plugin.model.scoring import Aggregation
@@ -211,12 +210,6 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         one_image_at_a_time(self.trainer, self.model.tile_size)
         if stage == "fit":
             plan_run(self.trainer, self.hparams["epochs"])
-
-    def on_fit_start(self) -> None:
-        """Load ImageNet weights unless they are there: a restored model brings its own."""
-        if self.model.encoder.source is None:
-            self.model.encoder.check_size(self.hparams["image_size"])
-            encoder_weights.load(self.model.encoder, self.hparams["weights"], self.hparams["pre_trained"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the decoders, with the schedule asked for."""

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cflow_plugin.images.loading import images_in, loader_of
+from cflow_plugin.model import weights
 from cflow_plugin.model.quantized import measure_ranges
 from cflow_plugin.training.feature_bank import FeatureBank
 from cflow_plugin.training.interest import set_interest
@@ -26,17 +27,23 @@ _IMAGES = 100  # for ranges: the greatest value of more is hardly greater
 def prepare(model: "CflowPlugin", images: DataLoader[Any]) -> VectorLoader:
     """Find out what is trained on: feature vectors of the images, but for those held out for the thresholds.
 
-    Before the first step the region of interest is found and an 8-bit encoder's ranges are measured; when the features
-    are there, the Gaussians are fitted that training starts from.
+    Before the first step the encoder's weights are loaded, unless a restored model has brought its own, the region of
+    interest is found, and an 8-bit encoder's ranges are measured; when the features are there, the Gaussians are fitted
+    that training starts from.
 
     Args:
         model: The model, with its trainer.
         images: Loader of training images.
 
     Raises:
-        CflowError: If there are too few images for the rate, or a resumed run would hold out what it has seen.
+        CflowError: If there are no weights, or too few images for the rate, or a resumed run would hold out what it has
+            seen.
     """
     settings, progress = model.hparams, model.progress
+    # Here: to plan its steps Lightning asks for the loader before it says that the run begins.
+    if model.model.encoder.source is None:
+        model.model.encoder.check_size(settings["image_size"])
+        weights.load(model.model.encoder, settings["weights"], settings["pre_trained"])
     seed = progress.seed_of(model.trainer)
     if not (begun := progress.training_has_begun):
         set_interest(model, images)
