@@ -6,6 +6,7 @@ The limit is the decoder's multiplications at the speed of one large matrix prod
 In INT8 the whitening stays in the precision of the rest, as in exported files.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -96,6 +97,7 @@ def _quantized(model: ov.Model, example: np.ndarray, kept: Sequence[torch.Tensor
         if node.get_type_name() == "MatMul"
         and any(np.array_equal(node.input_value(1).get_node().data, weight.numpy()) for weight in kept)
     ]
+    logging.getLogger("nncf").setLevel(logging.WARNING)
     others = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() != "MatMul"]
     return nncf.quantize(
         model,
