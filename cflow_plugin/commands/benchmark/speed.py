@@ -113,7 +113,7 @@ def _prepare(
             try:
                 model = build(candidate.model, candidate.backbone, candidate.size)
                 facts = _export_once(candidate, model, folder, files)
-                facts["peak_memory_mb"] = _in_own_process(_peak_memory, candidate, facts.pop("source"), threads)
+                facts |= _in_own_process(_alone, candidate, facts.pop("source"), threads)
                 prepared.append((candidate, facts))
             except (UnavailableError, CflowError, BrokenProcessPool) as error:
                 reason = str(error) or "its process died, probably for lack of memory"
@@ -145,7 +145,7 @@ def _export_once(
     return facts
 
 
-def _in_own_process(function: Callable[..., float], *arguments: object) -> float:
+def _in_own_process(function: Callable[..., dict], *arguments: object) -> dict:
     # A server imports everything once, and does nothing else that could be in its copies' memory.
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
@@ -154,14 +154,15 @@ def _in_own_process(function: Callable[..., float], *arguments: object) -> float
         return executor.submit(function, *arguments).result()
 
 
-def _peak_memory(candidate: Candidate, source: Path | None, threads: int) -> float:
-    """Peak resident memory of a process that does nothing but load and run the candidate, in MB."""
+def _alone(candidate: Candidate, source: Path | None, threads: int) -> dict:
+    """Peak resident memory in MB of a process that only loads and runs the candidate, and how long that compiled."""
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
     loaded = load(candidate, source or build_model(candidate.model, candidate.backbone, candidate.size), threads)
     for _ in range(3):
         loaded.run()
-    return peak_resident_bytes() / 1e6
+    compiled = {} if loaded.seconds is None else {"export_seconds": loaded.seconds}
+    return {"peak_memory_mb": peak_resident_bytes() / 1e6, **compiled}
 
 
 def _measure(prepared: list[tuple[Candidate, dict]], threads: int, rounds: int, seconds: float) -> list[dict]:
@@ -202,7 +203,6 @@ def _measure(prepared: list[tuple[Candidate, dict]], threads: int, rounds: int, 
                 "fps": candidate.batch / p50,
                 "fps_throughput": candidate.batch * statistics.median(rate) if rate else None,
                 "runs": len(spent),
-                "export_seconds": one.seconds,
                 **{key: value for key, value in facts.items() if key != "source"},
             }
         )
