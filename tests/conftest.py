@@ -5,7 +5,6 @@ What takes long to import is imported in functions: the process that hands tests
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import gc
@@ -89,7 +88,6 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what imports have left for good: exporting makes it run some 200 times."""
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # what is never let go of, some libraries call a leak
 
 
 # Memory: two workers have to fit beside each other, with what they start.
