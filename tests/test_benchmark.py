@@ -76,11 +76,12 @@ def test_in_other_runtimes(model, runtime, precision, tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_by_torch():
     built = build_model("encoder", "test_resnet", 64)
+    images = torch.from_numpy(np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32))  # as it loads
+    expected = built(images)  # before it is compiled
     loaded = load(Candidate("encoder", "test_resnet", 64, 1, "torch-compiled", "f32"), built, 1)
     assert loaded.seconds > 0
-    images = torch.from_numpy(np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32))  # as it loads
-    for found, expected in zip(loaded.run(), built(images), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for found, wanted in zip(loaded.run(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
