@@ -295,7 +295,7 @@ class ConditionalFlow(SequenceINN):
     Args:
         dimensions: Length D of a feature vector.
         condition_dims: Length C of a condition vector; 0 makes an unconditional flow (UFLOW).
-        coupling_blocks: Number of coupling blocks.
+        coupling_blocks: Number of coupling blocks; the paper has 8.
         clamp: Soft clamp of the blocks' log-scales.
         permutation: See :class:`CouplingBlock`.
         kept: How many dimensions the coupling blocks take, see :class:`Whitening`.
@@ -311,7 +311,7 @@ class ConditionalFlow(SequenceINN):
         self,
         dimensions: int,
         condition_dims: int = 128,
-        coupling_blocks: int = 8,
+        coupling_blocks: int = 4,
         clamp: float = 1.9,
         permutation: Permutation = "swap",
         kept: int | None = None,

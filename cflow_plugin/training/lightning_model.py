@@ -62,7 +62,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         image_size: Height and width in pixels that images are resized to; rounded to what the encoder's patches take.
         tile_size: Let a convolutional encoder see larger images in tiles of so many pixels, for bounded memory.
         condition_dims: Length of the positional condition vector; 0 makes the decoders unconditional (UFLOW).
-        coupling_blocks: Coupling blocks of each decoder.
+        coupling_blocks: Coupling blocks of each decoder; the paper has 8, which take twice the time.
         clamp: Soft clamp of the coupling blocks' log-scales.
         permutation: ``swap`` exchanges halves between blocks, ``random`` permutes (paper), ``soft`` rotates (its code).
         neighbourhood: Average features over so many cells in either direction (odd), one number or one for each layer;
@@ -133,7 +133,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         image_size: tuple[int, int] = (256, 256),
         tile_size: int | None = None,
         condition_dims: int = 128,
-        coupling_blocks: int = 8,
+        coupling_blocks: int = 4,
         clamp: float = 1.9,
         permutation: Permutation = "swap",
         neighbourhood: int | list[int] | None = None,

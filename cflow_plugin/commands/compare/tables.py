@@ -154,28 +154,32 @@ def published_tables(results: pd.DataFrame) -> list[Table]:
         results: A row a cell.
     """
     rows = _records(results)
+    own = _default_settings()
     measured = results.rename(columns={"model": "title", "size": "pixels"}).assign(
         model=[_published_name(row) for row in rows],
-        coupling_blocks=[json.loads(row["settings"]).get("coupling_blocks", 8) for row in rows],
+        coupling_blocks=[{**own, **json.loads(row["settings"])}["coupling_blocks"] for row in rows],
         pooling_layers=[_layers(row) for row in rows],
         size=[int(str(row["size"]).split("×")[0]) for row in rows],
     )
     wide = measured[measured["encoder"] == "wide_resnet50_2"]
     ablation = _by_class(2, measured, ["encoder", "coupling_blocks", "pooling_layers", "size", "model"])
     return [
-        replace(ablation, note=f"{ablation.note} {_other_settings(measured)}".strip()),
+        replace(ablation, note=f"{ablation.note} {_other_settings(measured, own)}".strip()),
         _by_class(3, measured, ["model", "encoder"]),
         *(_averages(number, wide, data) for number, data in ((4, "MVTecAD"), (5, "ShanghaiTechFrames"))),
         _speed(measured[measured["pixels"] == "256×256"]),
     ]
 
 
-def _other_settings(measured: pd.DataFrame) -> str:
-    """In what the measured cells differ from the paper's."""
+def _default_settings() -> dict[str, Any]:
     from cflow_plugin import CflowPlugin  # takes seconds, and a table needs few
 
+    return {name: one.default for name, one in inspect.signature(CflowPlugin).parameters.items()}
+
+
+def _other_settings(measured: pd.DataFrame, own: Mapping[str, Any]) -> str:
+    """In what the measured cells differ from the paper's."""
     paper = yaml.safe_load(find_config("paper").read_text(encoding="utf-8"))["model"]["init_args"]
-    own = {name: one.default for name, one in inspect.signature(CflowPlugin).parameters.items()}
     parts = [
         f"{encoder} at {pixels} with {layers} layers (the paper's CFLOW-AD: three layers, each class at its best size)"
         for encoder, pixels, layers in _distinct(measured, ["encoder", "pixels", "pooling_layers"])
