@@ -111,16 +111,16 @@ def test_help_and_errors(tmp_path):
 @pytest.mark.parametrize("width", [80, 240])
 def test_the_table_fits_the_screen(width, capsys):
     row = {
-        "model": "CflowPlugin", "backbone": "resnet18", "size": 256, "batch": 1, "runtime": "openvino",
+        "model": "CflowPlugin", "backbone": "tf_efficientnet_lite0", "size": 256, "batch": 1, "runtime": "openvino",
         "precision": "int8-bf16", "executed": "u8 (48), bf16 (29), f32 (3)", "p50_ms": 11.25, "p90_ms": 13.5,
         "p99_ms": 19.25, "fps": 88.25, "fps_throughput": 103.0, "file_mb": 18.0, "parameters_mb": 80.5,
         "peak_memory_mb": 1387.0, "export_seconds": 16.25,
     }  # fmt: skip
-    print_table([row, {**row, "size": 512, "file_mb": None}], Console(width=width))
+    print_table([row, {**row, "backbone": "resnet18", "size": 512, "file_mb": None}], Console(width=width))
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= width
-    for shown in ("CflowPlugin", "256", "512", "openvino", "88.2", "18.0"):
+    for shown in ("CflowPlugin", "resnet18", "256", "512", "88.2", "18.0"):
         assert shown in out
     assert ("1387.0" in out) == (width == 240)
 
@@ -132,27 +132,38 @@ def test_what_is_left_out_is_summed_up():
 
 
 def test_what_is_fast_enough_is_named_the_most_accurate_first(capsys):
-    def row(model, backbone, precision, fps):
-        runtime = {"runtime": "openvino", "precision": precision, "executed": precision.upper()}
-        return {"model": model, "backbone": backbone, "size": 256, "fps": fps, **runtime}
+    def row(model, backbone, precision, fps, runtime="openvino"):
+        executed = {"runtime": runtime, "precision": precision, "executed": precision.upper()}
+        return {"model": model, "backbone": backbone, "size": 256, "fps": fps, **executed}
 
     rows = [
         row("CflowPlugin", "tf_efficientnet_lite0", "f32", 90.0),
+        row("CflowPlugin", "tf_efficientnet_lite0", "bf16", 140.0),  # which it does not bear
         row("CflowPlugin", "resnet18", "f32", 30.0),
-        row("CflowPlugin-int8", "resnet18", "int8", 70.0),
+        row("CflowPlugin", "resnet18", "bf16", 61.0),
+        row("CflowPlugin-int8", "resnet18", "int8-bf16", 70.0),
         row("CflowPlugin", "mobilenetv3_large_100", "f32", 99.0),
         row("Padim", "resnet18", "f32", 200.0),
     ]
     console = Console(width=400)
     print_fast_enough(rows, 60, console)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("-")]
-    assert [line.split("--model.backbone ")[1].split()[0] for line in lines] == [
-        "resnet18",
-        "tf_efficientnet_lite0",
-        "mobilenetv3_large_100",
-    ]
-    assert "--model.encoder_precision int8, exported with --compression_type int8_ptq" in lines[0]
-    assert "not measured" in lines[2]
+    out = capsys.readouterr().out
+    found = [line.split() for line in out.splitlines() if line.strip().startswith(("resnet", "tf_", "mobile"))]
+    assert [(line[0], line[-2]) for line in found] == [
+        ("resnet18", "70"), ("tf_efficientnet_lite0", "90"), ("mobilenetv3_large_100", "99"),
+    ]  # fmt: skip
+    assert "not measured" in out
+    [train] = [line for line in out.splitlines() if "anomalib train" in line]
+    assert "--model.backbone resnet18 --model.image_size [256,256] --model.encoder_precision int8" in train
+    [export] = [line for line in out.splitlines() if "anomalib export" in line]
+    assert "--compression_type int8_ptq" in export
+    assert "--precision bf16" in out.splitlines()[-1]
+    print_fast_enough(rows, 80, console)
+    out = capsys.readouterr().out
+    assert "int8" not in out
+    assert "--precision bf16" not in out
+    print_fast_enough([row("CflowPlugin", "resnet18", "f32", 90.0, "torch")], 80, console)
+    assert "anomalib export" not in capsys.readouterr().out
     print_fast_enough(rows, 150, console)
     assert "No setting" in capsys.readouterr().out
 

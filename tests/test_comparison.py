@@ -258,7 +258,11 @@ def row(**values: object) -> dict:
 
 def test_published_figures_stand_beside_measured_ones():
     eight, flat = json.dumps({"coupling_blocks": 8}), json.dumps({"coupling_blocks": 8, "condition_dims": 0})
-    rows = [row(settings=eight), row(model="flat", settings=flat, pixel_AUROC=0.5), row(settings=eight, category="tile")]
+    rows = [
+        row(settings=eight),
+        row(model="flat", settings=flat, pixel_AUROC=0.5),
+        row(settings=eight, category="tile"),
+    ]
     tables = published_tables(pd.DataFrame(rows))
     columns = tables[0].texts.set_index("class").loc["screw"]
     assert columns["wide_resnet50_2, 8 blocks, 3 layers, 512"] == "98.86 ± 0.02 (99.00, +0.14)"
