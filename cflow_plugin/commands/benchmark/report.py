@@ -40,10 +40,10 @@ _COLUMNS = {
 }
 # Image AUROC, pixel AUROC and AUPRO as benchmarks/accuracy.py measured them, see docs/encoders.md.
 _ACCURACY = {
-    "resnet18": (0.970, 0.959, 0.881),
-    "tf_efficientnet_lite0": (0.963, 0.953, 0.798),
-    "tf_efficientnet_lite1": (0.963, 0.960, 0.833),
-    "tf_efficientnet_lite2": (0.962, 0.962, 0.836),
+    "resnet18": (0.980, 0.959, 0.879),
+    "tf_efficientnet_lite0": (0.973, 0.959, 0.843),
+    "tf_efficientnet_lite1": (0.971, 0.963, 0.866),
+    "tf_efficientnet_lite2": (0.973, 0.964, 0.860),
 }
 _VARIED = ("backbone", "size", "batch", "runtime")
 _MAIN_COLUMNS = ("precision", "p50_ms", "fps", "file_mb")

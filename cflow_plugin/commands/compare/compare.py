@@ -55,7 +55,7 @@ def compare(
             settings are those of anomalib's image data modules.
         models: Which of the models; UFLOW is CflowPlugin without positional condition, Cflow is anomalib's own.
         variants: More models, by a title of your own, e.g.
-            '{four blocks: {model: CflowPlugin, settings: {coupling_blocks: 4}}}'.
+            '{eight blocks: {model: CflowPlugin, settings: {coupling_blocks: 8}}}'.
         encoders: Encoders that all models share, with local weights where there is no internet access, e.g.
             '[{backbone: resnet18, layers: [layer2, layer3], weights: resnet18.safetensors}]'.
         seeds: Seeds; the report gives mean and standard deviation over them.
