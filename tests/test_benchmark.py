@@ -141,6 +141,7 @@ def test_what_is_fast_enough_is_named_the_most_accurate_first(capsys):
         row("CflowPlugin", "tf_efficientnet_lite0", "bf16", 140.0),  # which it does not bear
         row("CflowPlugin", "resnet18", "f32", 30.0),
         row("CflowPlugin", "resnet18", "bf16", 61.0),
+        row("CflowPlugin-int8", "resnet18", "int8", 52.0),
         row("CflowPlugin-int8", "resnet18", "int8-bf16", 70.0),
         row("CflowPlugin", "mobilenetv3_large_100", "f32", 99.0),
         row("Padim", "resnet18", "f32", 200.0),
@@ -158,6 +159,10 @@ def test_what_is_fast_enough_is_named_the_most_accurate_first(capsys):
     [export] = [line for line in out.splitlines() if "anomalib export" in line]
     assert "--compression_type int8_ptq" in export
     assert "--precision bf16" in out.splitlines()[-1]
+    print_fast_enough(rows, 50, console)
+    out = capsys.readouterr().out
+    assert "52" in out.split("resnet18")[1].split("\n")[0]
+    assert "--precision bf16" not in out
     print_fast_enough(rows, 80, console)
     out = capsys.readouterr().out
     assert "int8" not in out
