@@ -112,13 +112,13 @@ def _in_bf16(row: dict) -> bool:
 
 def _commands(row: dict) -> list[str]:
     """What to type to have a setting."""
-    size = row["size"]
-    train = f"anomalib train --model CflowPlugin --model.backbone {row['backbone']} --model.image_size [{size},{size}]"
+    size = f'"[{row["size"]}, {row["size"]}]"'
+    train = f"anomalib train --model CflowPlugin --model.backbone {row['backbone']} --model.image_size {size}"
     train += " --model.encoder_precision int8" if row["model"] == "CflowPlugin-int8" else ""
     if row["runtime"].startswith("torch"):
         return [f"{train} --data …"]
     kind = "onnx" if row["runtime"] == "onnxruntime" else "openvino"
-    export = f"anomalib export --model CflowPlugin --export_type {kind} --input_size [{size},{size}]"
+    export = f"anomalib export --model CflowPlugin --export_type {kind} --input_size {size}"
     export += " --compression_type int8_ptq" if row["precision"].startswith("int8") else ""
     use = "cflow-plugin watch --model model.xml --source …"
     use += " --precision bf16" if _in_bf16(row) else ""
