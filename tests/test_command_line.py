@@ -117,6 +117,13 @@ def test_ablations_are_what_their_names_say():
         assert settings["layers"] == list(BACKBONES[backbone].layers[: int(layers)])
         assert settings["image_size"] == [int(size)] * 2
         assert settings.get("condition_dims", 128) == (0 if rest == ["uflow"] else 128)
+    for title, variant in yaml.safe_load((ROOT / "configs/compare/ablation.yaml").read_text())["variants"].items():
+        blocks, layers, size, *rest = title.split(", ")
+        settings = variant["settings"]
+        assert f"{settings['coupling_blocks']} blocks" == blocks
+        assert f"{len(settings['layers'])} layers" == layers
+        assert settings.get("image_size", [256, 256]) == [int(size)] * 2
+        assert settings.get("condition_dims", 128) == (0 if rest == ["UFLOW"] else 128)
 
 
 def test_configs_combine(parse):
