@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from sklearn.metrics import roc_auc_score
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 from torchvision.transforms.v2 import Compose, Normalize, RandomRotation, Resize
@@ -391,18 +392,38 @@ def test_a_run_that_hastens_ends_in_the_steps_that_are_left():
 
 @pytest.mark.long
 def test_a_run_that_is_bounded_in_time_has_its_whole_schedule(tmp_path, textures):
-    rates = []
+    # However long its steps are: each rate is torch's at the share of the time that is over when it is set.
+    limit, shares, rates = 6.0, 1000, []
+    one_cycle = OneCycleLR(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 0.01, total_steps=shares + 1, pct_start=0.2
+    )
+    expected = [one_cycle.get_last_lr()[0]]
+    for _ in range(shares):
+        one_cycle.optimizer.step()
+        one_cycle.step()
+        expected.append(one_cycle.get_last_lr()[0])
 
     class Watch(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        def on_before_optimizer_step(self, trainer, *_):
+            self.before = elapsed(trainer)
 
-    engine = make_engine(tmp_path, callbacks=[Watch()], max_time={"seconds": 6}, max_epochs=-1)
-    model = quick_model(learning_rate=0.01)
+        def on_train_batch_end(self, trainer, *_):
+            rates.append((self.before, elapsed(trainer), trainer.optimizers[0].param_groups[0]["lr"]))
+
+    def elapsed(trainer):
+        return next(one for one in trainer.callbacks if isinstance(one, Timer)).time_elapsed("train")
+
+    engine = make_engine(tmp_path, callbacks=[Watch()], max_time={"seconds": limit}, max_epochs=-1)
+    model = quick_model(learning_rate=0.01, unseen_share=0)
     engine.fit(model, datamodule=textures)
     assert len(rates) > 5
-    assert max(rates) == pytest.approx(0.01, rel=0.1)
-    assert rates[-1] < 0.2 * max(rates)
+    (begun, counted, _), *rest = rates
+    for before, after, rate in rest:
+        first = math.floor(shares * (before - counted) / (limit - counted))
+        last = math.ceil(shares * (after - begun) / (limit - begun))
+        possible = expected[max(0, min(shares, first)) : min(shares, last) + 1]
+        assert min(possible) - 1e-4 <= rate <= max(possible) + 1e-4
+    assert after >= limit
     assert model.model.scoring.is_calibrated
 
 
@@ -414,8 +435,7 @@ def likelihood_of_unseen(model, features, positions, sizes):
         ]
 
 
-@pytest.mark.long
-def test_training_ends_when_unseen_images_no_longer_gain(tmp_path, textures):
+def fitted_until_nothing_is_gained(folder, datamodule, **bounds):
     # Without noise and with twelve images a flow soon knows them by heart.
     curve, bank = [], {}
 
@@ -427,13 +447,20 @@ def test_training_ends_when_unseen_images_no_longer_gain(tmp_path, textures):
                 curve.append(likelihood_of_unseen(module, **bank))
 
     model = quick_model(noise=0.0, learning_rate=0.02, steps_per_epoch=3)
-    engine = make_engine(tmp_path, callbacks=[Watch()], max_epochs=200)
-    engine.fit(model, datamodule=textures)
-    assert len(curve) < 200
-    last = likelihood_of_unseen(model, **bank)
+    make_engine(folder, callbacks=[Watch()], **bounds).fit(model, datamodule=datamodule)
+    return curve, likelihood_of_unseen(model, **bank)
+
+
+@pytest.mark.long
+def test_training_ends_when_unseen_images_no_longer_gain(tmp_path, textures):
+    curve, last = fitted_until_nothing_is_gained(tmp_path / "epochs", textures, max_epochs=200)
+    assert 40 < len(curve) < 200
     for scale, best in enumerate(np.max(curve, axis=0)):
         assert last[scale] >= best - 1e-4
         assert last[scale] > curve[-1][scale] - 1e-4
+    # A run that is bounded otherwise is as patient.
+    by_steps, _ = fitted_until_nothing_is_gained(tmp_path / "steps", textures, max_epochs=-1, max_steps=600)
+    assert len(by_steps) == len(curve)
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Vectors of each scale that are looked at, the same ones after every epoch: their mean need not be exact, only fair.
 _VECTORS = 2048
-# So long a run goes on without any gain: a share of its epochs, and no fewer than these.
+# So long a run goes on without any gain: a share of it, and no fewer epochs than these.
 _PATIENCE, _SHORTEST_PATIENCE = 0.2, 8
 # In so many epochs, for each that was made, the learning rate then falls to its end.
 _LAST_PART = 0.1
@@ -86,7 +86,9 @@ class KeepBest(Callback):
         pl_module.log("unseen_nll", -sum(found), sync_dist=True)
         self._keep(model, found, epoch)
         self._epoch = epoch
-        patience = max(_SHORTEST_PATIENCE, round(_PATIENCE * (trainer.max_epochs or 0)))
+        # A run may be bounded by its steps or by its time: how many epochs it has follows from the share that is done.
+        share = self._pace.share
+        patience = max(_SHORTEST_PATIENCE, round(_PATIENCE * (epoch + 1) / share)) if share else float("inf")
         if not self._is_hastening and trainer.strategy.reduce_boolean_decision(epoch - max(self._epochs) >= patience):
             self._is_hastening = True
             self._take_best(model)
