@@ -122,7 +122,8 @@ class FoldedModel(nn.Module):
         likelihoods, means = self._run(images)
         anomaly_map, score = self.scoring(likelihoods)
         if self.whole is not None:
-            score = self.whole(means, score)
+            anomaly_map, score = self.whole(means, anomaly_map, score)
+            anomaly_map = self.scoring.of_interest(anomaly_map)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 
