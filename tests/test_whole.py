@@ -95,17 +95,20 @@ def test_what_the_map_says_keeps_its_order_where_the_whole_is_far_away():
     assert scores[0] < scores[1]
 
 
-def test_the_map_of_a_rare_image_is_lifted_a_little_everywhere():
+def test_the_map_of_a_rare_image_is_lifted_everywhere_by_less_than_a_decade():
     module = WholeImage(6).double()
     module.fit(images(40))
+    module.score_decade.fill_(0.2)
     new = torch.cat([images(20), images(20, seed=1) * 1.5 - 1]).double()
     rarity = ((distance_of(module, new) - module.typical) / module.decade).clamp_min(0)
     assert rarity.max() > 3
-    assert (rarity < 1).sum() > 10
+    module.score_decade.fill_(0.2)
     maps = torch.linspace(0, 1, 9, dtype=torch.float64).view(1, 1, 3, 3).repeat(40, 1, 1, 1)
     lifted, _ = module([new[:, :, None, None]], maps, torch.zeros(40))
-    expected = 1 - (1 - maps) * (1 - 0.07 * (1 - torch.exp(-2 * rarity)))[:, None, None, None]
-    torch.testing.assert_close(lifted, expected, rtol=0, atol=1e-6)
+    # Evidence is the logarithm of 1 - S: a decade of the whole is one of the map's, and there are 3/4 of one at most.
+    expected = -torch.log1p(-maps) + 0.2 * 0.75 * (1 - torch.exp(-rarity / 0.75))[:, None, None, None]
+    torch.testing.assert_close(-torch.log1p(-lifted), expected, rtol=0, atol=1e-6)
+    assert (lifted[..., 1:] >= lifted[..., :-1]).all()
     assert (lifted.flatten(1).argsort(dim=1) == torch.arange(9)).all()
 
 

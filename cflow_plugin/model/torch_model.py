@@ -41,7 +41,8 @@ class CflowModel(nn.Module):
         aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         map_mean: What the map's mean counts in the image score, see
             :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
-        whole_image: What the image as a whole counts in its score, see :class:`~cflow_plugin.model.whole.WholeImage`.
+        whole_image: What the image as a whole counts in its score and map, see
+            :class:`~cflow_plugin.model.whole.WholeImage`.
         image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
         flow_dimensions: How many dimensions of a vector the coupling blocks take at most; ``None`` takes all. See
             :class:`~cflow_plugin.model.flow.Whitening`.

@@ -20,11 +20,11 @@ _SHRINKAGE = 0.05
 _FOLDS = 10
 # From the median of a normal distribution to its thousandth are 3.1 standard deviations, and 2.7 decades of rarity.
 _DECADE = 1.15
-# Decades that an image's rarity as a whole approaches, and never exceeds.
-_MOST_DECADES = 2.0
-# By so much of what is missing to 1 a rare image's map is lifted at most: good parts stay dark, and small defects of
-# other images do not fall behind. It comes near to that within a decade.
-_MOST_LIGHT, _LIGHT_DECADES = 0.07, 0.5
+# Decades that an image's rarity as a whole approaches, and never exceeds: in its score and in its map, where small
+# defects of other images must not fall behind its good places.
+_MOST_DECADES, _MOST_OF_MAP = 2.0, 0.75
+# What a decade counts in the map, of what it counts in the score.
+_SHARE_OF_MAP = 0.5
 
 
 class WholeImage(FullPrecision):
@@ -34,29 +34,26 @@ class WholeImage(FullPrecision):
     everywhere. With :math:`z` the means of all scales' features over the image, less their mean over training images,
 
     .. math:: d = \frac{1}{D} z^T (\hat\Sigma + \lambda I)^{-1} z, \qquad
-        r = \max\Big(0, \frac{d - m}{\delta}\Big), \qquad
-        1 - s' = (1 - s) \, e^{-w \delta_s g(r)}, \qquad g(r) = 2 (1 - e^{-r / 2}) .
+        r = \max\Big(0, \frac{d - m}{\delta}\Big), \qquad g_n(r) = n (1 - e^{-r / n}),
+
+    .. math:: 1 - s' = (1 - s) \, e^{-w \delta_s g_2(r)}, \qquad 1 - S' = (1 - S) \, e^{-w \delta_s g_{3/4}(r) / 2} .
 
     Each good image's :math:`d` by a Gaussian of other images says what is usual: :math:`m` is their median,
     :math:`\delta` how much further one image in ten times as many lies, so :math:`r` are decades of rarity. In the same
     way :math:`\delta_s` is how much further :math:`-\log(1 - s)` of one good image in ten times as many lies: so a
     decade counts the same, but for the weight, whether the map or the whole says it, and where the map tells good
-    images from others by far, the whole changes nothing. Since :math:`g` has an end, a change that shifts all images,
+    images from others by far, the whole changes nothing. Since :math:`g_n` has an end, a change that shifts all images,
     as of light or focus, leaves their order to the map.
 
-    The map :math:`S` of a rare image is lifted, all places alike,
-
-    .. math:: 1 - S' = (1 - S) \, \big(1 - 0.07 \, (1 - e^{-2 r})\big) .
-
-    What stands out in an image that is odd in other ways, too, is the likelier a defect; so large defects without clear
-    places are told from good images.
+    In the map :math:`S` a whole that is rare lifts all places alike. What is unlikely in an image that is odd in other
+    ways, too, is the likelier a defect; so large defects without clear places stand out from good images.
 
     :math:`\hat\Sigma` is kept by its strongest directions; its other ones share their mean variance, as in
     probabilistic principal component analysis (Tipping and Bishop, 1999).
 
     Args:
         dimensions: Number D of features at all scales together.
-        weight: The weight w; 0 leaves score and map alone.
+        weight: The weight w; 0 leaves the score alone.
 
     Raises:
         CflowError: If the weight is negative.
@@ -153,11 +150,16 @@ class WholeImage(FullPrecision):
         """
         distance = _distance(self.means(pyramid), self.mean, self.scale, self.directions)
         rarity = ((distance - self.typical) / self.decade).clamp_min(0)
-        decades = _MOST_DECADES * (1 - torch.exp(-rarity / _MOST_DECADES))
-        light = _MOST_LIGHT * (1 - torch.exp(-rarity / _LIGHT_DECADES))
+        decade = self.weight * self.score_decade
+        found = 1 - (1 - score) * torch.exp(-decade * _approach(_MOST_DECADES, rarity))
+        added = 1 - torch.exp(-_SHARE_OF_MAP * decade * _approach(_MOST_OF_MAP, rarity))
         # A sum, since of a map next to 0 few digits would be left in its difference from 1.
-        lifted = anomaly_map + (1 - anomaly_map) * light[:, None, None, None]
-        return lifted, 1 - (1 - score) * torch.exp(-self.weight * self.score_decade * decades)
+        return anomaly_map + (1 - anomaly_map) * added[:, None, None, None], found
+
+
+def _approach(most: float, rarity: torch.Tensor) -> torch.Tensor:
+    """The rarity where it is small, and never more than the most."""
+    return most * (1 - torch.exp(-rarity / most))
 
 
 def _add_unfitted(module: WholeImage, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
