@@ -23,16 +23,11 @@ def images(number: int, dimensions: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randn(number, dimensions, generator=generator) @ (mixing * torch.logspace(0, -2, dimensions)) + 3
 
 
-def scored(module: WholeImage, means: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-    """Image scores of images with such means."""
-    return module([means[:, :, None, None]], score[:, None, None, None], score)[1]
-
-
 def distance_of(module: WholeImage, means: torch.Tensor) -> torch.Tensor:
     """The distance that a score says: of a score of 0, all that is added is of the whole."""
     module = module.double()  # near its end what is added has few digits left
     module.score_decade.fill_(1)
-    score = scored(module, means.double(), torch.zeros(len(means)).double())
+    score = module([means.double()[:, :, None, None]], torch.zeros(len(means)).double())
     decades = -torch.log1p(-score) / module.weight
     return module.typical - 2 * module.decade * torch.log1p(-decades / 2)
 
@@ -73,9 +68,9 @@ def test_good_images_that_were_not_seen_say_what_is_usual():
     module.fit(images(20, 30))
     module.score_decade.fill_(1)
     new = images(200, 30, seed=1)
-    added = scored(module, new, torch.zeros(200))
+    added = module([new[:, :, None, None]], torch.zeros(200))
     assert 0.25 < (added == 0).double().mean() < 0.75
-    assert (scored(module, new + 5, torch.zeros(200)) > 0.9).all()
+    assert (module([new[:, :, None, None] + 5], torch.zeros(200)) > 0.9).all()
 
 
 @pytest.mark.parametrize("values", [torch.full((10, 4), 0.3), torch.zeros(10, 4)])
@@ -83,33 +78,16 @@ def test_images_that_are_all_the_same(values):
     module = WholeImage(4)
     module.fit(values)
     module.score_decade.fill_(1)
-    assert scored(module, values, torch.full((10,), 0.2)).tolist() == pytest.approx([0.2] * 10)
-    assert (scored(module, values + 1, torch.full((10,), 0.2)) > 0.5).all()
+    assert module([values[:, :, None, None]], torch.full((10,), 0.2)).tolist() == pytest.approx([0.2] * 10)
+    assert (module([values[:, :, None, None] + 1], torch.full((10,), 0.2)) > 0.5).all()
 
 
 def test_what_the_map_says_keeps_its_order_where_the_whole_is_far_away():
     module = WholeImage(6)
     module.fit(images(40))
     module.score_decade.fill_(0.1)
-    scores = scored(module, images(2) + 1e4, torch.tensor([0.1, 0.3]))
+    scores = module([(images(2) + 1e4)[:, :, None, None]], torch.tensor([0.1, 0.3]))
     assert scores[0] < scores[1]
-
-
-def test_the_map_of_a_rare_image_is_lifted_everywhere_by_less_than_a_decade():
-    module = WholeImage(6).double()
-    module.fit(images(40))
-    module.score_decade.fill_(0.2)
-    new = torch.cat([images(20), images(20, seed=1) * 1.5 - 1]).double()
-    rarity = ((distance_of(module, new) - module.typical) / module.decade).clamp_min(0)
-    assert rarity.max() > 3
-    module.score_decade.fill_(0.2)
-    maps = torch.linspace(0, 1, 9, dtype=torch.float64).view(1, 1, 3, 3).repeat(40, 1, 1, 1)
-    lifted, _ = module([new[:, :, None, None]], maps, torch.zeros(40))
-    # Evidence is the logarithm of 1 - S: a decade of the whole is one of the map's, and there are 3/4 of one at most.
-    expected = -torch.log1p(-maps) + 0.2 * 0.75 * (1 - torch.exp(-rarity / 0.75))[:, None, None, None]
-    torch.testing.assert_close(-torch.log1p(-lifted), expected, rtol=0, atol=1e-6)
-    assert (lifted[..., 1:] >= lifted[..., :-1]).all()
-    assert (lifted.flatten(1).argsort(dim=1) == torch.arange(9)).all()
 
 
 def test_few_images_or_no_weight_leave_the_score_alone():
@@ -130,7 +108,7 @@ def test_a_decade_counts_the_same_whoever_says_it():
     rare = evidence.quantile(0.99) - evidence.median()
     assert 2 * module.score_decade.item() == pytest.approx(rare.item(), rel=0.03)
     new = images(20_000, 60, seed=5).double()
-    added = -torch.log1p(-scored(module, new, torch.zeros(len(new)).double()))
+    added = -torch.log1p(-module([new[:, :, None, None]], torch.zeros(len(new)).double()))
     assert added.max() < 2 * module.score_decade
     # Of good images about one in a hundred lies beyond two decades of rarity; their distances have a longer tail.
     assert 0.002 < (added > 2 * (1 - math.exp(-1)) * module.score_decade).double().mean() < 0.04
@@ -140,10 +118,10 @@ def test_where_the_map_tells_images_apart_by_far_the_whole_changes_little():
     module = WholeImage(6)
     module.fit(images(40))
     module.calibrate(torch.linspace(0.2, 0.22, 40))
-    far = scored(module, images(1) + 1e4, torch.tensor([0.2]))
+    far = module([images(1)[:, :, None, None] + 1e4], torch.tensor([0.2]))
     assert 0.2 < far < 0.28
     module.calibrate(torch.full((7,), 0.9))  # too few to say how they differ
-    assert torch.equal(far, scored(module, images(1) + 1e4, torch.tensor([0.2])))
+    assert torch.equal(far, module([images(1)[:, :, None, None] + 1e4], torch.tensor([0.2])))
 
 
 def test_it_is_part_of_the_model_in_both_modes_and_of_its_state():
@@ -157,16 +135,10 @@ def test_it_is_part_of_the_model_in_both_modes_and_of_its_state():
     model.whole.score_decade.fill_(0.1)
     model.drop_folded()
     folded = model(good * 0.3).pred_score
-    assert not torch.allclose(
-        folded, model.whole(model.encoder(good * 0.3), torch.zeros(12, 1, 1, 1), torch.zeros(12))[1]
-    )
+    assert not torch.allclose(folded, model.whole(model.encoder(good * 0.3), torch.zeros(12)))
     model.train()
     model.encoder.eval()
     torch.testing.assert_close(model(good * 0.3).pred_score, folded, rtol=1e-4, atol=1e-4)
-    maps = model(good * 0.3).anomaly_map
-    torch.testing.assert_close(model.eval()(good * 0.3).anomaly_map, maps, rtol=1e-4, atol=1e-4)
-    without = model.scoring(model.log_likelihoods(good * 0.3), (64, 64))[0]
-    assert (maps > without + 0.01).all()
     restored = CflowModel("test_resnet", [0, 1], coupling_blocks=1)
     restored.load_state_dict(model.state_dict())
     torch.testing.assert_close(restored.eval()(good * 0.3).pred_score, folded)

@@ -122,8 +122,7 @@ class FoldedModel(nn.Module):
         likelihoods, means = self._run(images)
         anomaly_map, score = self.scoring(likelihoods)
         if self.whole is not None:
-            anomaly_map, score = self.whole(means, anomaly_map, score)
-            anomaly_map = self.scoring.of_interest(anomaly_map)
+            score = self.whole(means, score)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 

@@ -290,12 +290,9 @@ class FoldedScoring(nn.Module):
         anomaly_map = reduce(torch.add, maps)
         if self.is_product:
             anomaly_map = ((anomaly_map.exp() - _LEAST) / (1 - _LEAST)).clamp_min(0)  # of what rounding makes negative
-        anomaly_map = self.of_interest(anomaly_map)
+        if self.inside is not None:
+            anomaly_map = anomaly_map * self.inside
         return anomaly_map[:, None], self._image_score(anomaly_map)
-
-    def of_interest(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        """The map ``(..., H, W)``, with 0 where nothing is looked at."""
-        return anomaly_map if self.inside is None else anomaly_map * self.inside
 
     def _image_score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         top, mean = self.statistics(anomaly_map)

@@ -41,8 +41,7 @@ class CflowModel(nn.Module):
         aggregation: How the scales make one map, see :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
         map_mean: What the map's mean counts in the image score, see
             :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
-        whole_image: What the image as a whole counts in its score and map, see
-            :class:`~cflow_plugin.model.whole.WholeImage`.
+        whole_image: What the image as a whole counts in its score, see :class:`~cflow_plugin.model.whole.WholeImage`.
         image_size: Height and width of the images in pixels, see :class:`~cflow_plugin.model.encoder.Encoder`.
         flow_dimensions: How many dimensions of a vector the coupling blocks take at most; ``None`` takes all. See
             :class:`~cflow_plugin.model.flow.Whitening`.
@@ -261,13 +260,10 @@ class CflowModel(nn.Module):
         if folded is not None:
             return folded(images)
         pyramid = self.encoder(images)
-        sizes = [(part.shape[-2], part.shape[-1]) for part in pyramid]
-        scoring = self.scoring.folded(sizes, (height, width))
-        anomaly_map, score = scoring(self._log_likelihoods(pyramid))
+        anomaly_map, score = self.scoring(self._log_likelihoods(pyramid), (height, width))
         if self.whole.is_fitted:
-            cells = [cells_inside(self.scoring.interest, size) for size in sizes]
-            anomaly_map, score = self.whole(means_inside(pyramid, cells), anomaly_map, score)
-            anomaly_map = scoring.of_interest(anomaly_map)
+            cells = [cells_inside(self.scoring.interest, part.shape[-2:]) for part in pyramid]
+            score = self.whole(means_inside(pyramid, cells), score)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 

@@ -20,33 +20,26 @@ _SHRINKAGE = 0.05
 _FOLDS = 10
 # From the median of a normal distribution to its thousandth are 3.1 standard deviations, and 2.7 decades of rarity.
 _DECADE = 1.15
-# Decades that an image's rarity as a whole approaches, and never exceeds: in its score and in its map, where small
-# defects of other images must not fall behind its good places.
-_MOST_DECADES, _MOST_OF_MAP = 2.0, 0.75
-# What a decade counts in the map, of what it counts in the score.
-_SHARE_OF_MAP = 0.5
+# Decades that an image's rarity as a whole approaches, and never exceeds.
+_MOST_DECADES = 2.0
 
 
 class WholeImage(FullPrecision):
-    r"""A Gaussian of the features' means over an image, and what it adds to the image score and to the map.
+    r"""A Gaussian of the features' means over an image, and what it adds to the image score.
 
     A defect may be no place that is unlikely but a whole that is: a part that is missing, a texture too coarse
     everywhere. With :math:`z` the means of all scales' features over the image, less their mean over training images,
 
     .. math:: d = \frac{1}{D} z^T (\hat\Sigma + \lambda I)^{-1} z, \qquad
-        r = \max\Big(0, \frac{d - m}{\delta}\Big), \qquad g_n(r) = n (1 - e^{-r / n}),
-
-    .. math:: 1 - s' = (1 - s) \, e^{-w \delta_s g_2(r)}, \qquad 1 - S' = (1 - S) \, e^{-w \delta_s g_{3/4}(r) / 2} .
+        r = \max\Big(0, \frac{d - m}{\delta}\Big), \qquad
+        1 - s' = (1 - s) \, e^{-w \delta_s g(r)}, \qquad g(r) = 2 (1 - e^{-r / 2}) .
 
     Each good image's :math:`d` by a Gaussian of other images says what is usual: :math:`m` is their median,
     :math:`\delta` how much further one image in ten times as many lies, so :math:`r` are decades of rarity. In the same
     way :math:`\delta_s` is how much further :math:`-\log(1 - s)` of one good image in ten times as many lies: so a
     decade counts the same, but for the weight, whether the map or the whole says it, and where the map tells good
-    images from others by far, the whole changes nothing. Since :math:`g_n` has an end, a change that shifts all images,
+    images from others by far, the whole changes nothing. Since :math:`g` has an end, a change that shifts all images,
     as of light or focus, leaves their order to the map.
-
-    In the map :math:`S` a whole that is rare lifts all places alike. What is unlikely in an image that is odd in other
-    ways, too, is the likelier a defect; so large defects without clear places stand out from good images.
 
     :math:`\hat\Sigma` is kept by its strongest directions; its other ones share their mean variance, as in
     probabilistic principal component analysis (Tipping and Bishop, 1999).
@@ -135,31 +128,20 @@ class WholeImage(FullPrecision):
             decade = _DECADE * torch.log1p(-in_double(scores).clamp(max=1 - 1e-6)).std()
             self.score_decade.copy_(as_on(decade, self.score_decade))
 
-    def forward(
-        self, pyramid: Sequence[torch.Tensor], anomaly_map: torch.Tensor, score: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add to anomaly maps and image scores what the images as a whole say.
+    def forward(self, pyramid: Sequence[torch.Tensor], score: torch.Tensor) -> torch.Tensor:
+        """Add to image scores what the images as a whole say.
 
         Args:
             pyramid: For each scale ``(B, D_k, H_k, W_k)``.
-            anomaly_map: ``(B, 1, H, W)``, between 0 and 1.
             score: ``(B,)``, between 0 and 1.
 
         Returns:
-            Both, between what they were and 1.
+            ``(B,)``, between the score and 1.
         """
         distance = _distance(self.means(pyramid), self.mean, self.scale, self.directions)
         rarity = ((distance - self.typical) / self.decade).clamp_min(0)
-        decade = self.weight * self.score_decade
-        found = 1 - (1 - score) * torch.exp(-decade * _approach(_MOST_DECADES, rarity))
-        added = 1 - torch.exp(-_SHARE_OF_MAP * decade * _approach(_MOST_OF_MAP, rarity))
-        # A sum, since of a map next to 0 few digits would be left in its difference from 1.
-        return anomaly_map + (1 - anomaly_map) * added[:, None, None, None], found
-
-
-def _approach(most: float, rarity: torch.Tensor) -> torch.Tensor:
-    """The rarity where it is small, and never more than the most."""
-    return most * (1 - torch.exp(-rarity / most))
+        decades = _MOST_DECADES * (1 - torch.exp(-rarity / _MOST_DECADES))
+        return 1 - (1 - score) * torch.exp(-self.weight * self.score_decade * decades)
 
 
 def _add_unfitted(module: WholeImage, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:

@@ -81,8 +81,8 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
             ``probability`` adds up probabilities as in the paper.
         map_mean: What the map's mean counts in the image score, beside its highest pixels; 0 as in the paper.
             See :class:`~cflow_plugin.model.scoring.AnomalyScoring`.
-        whole_image: What the image as a whole counts in its score and map, in units of what the map says; 0 as in the
-            paper. See :class:`~cflow_plugin.model.whole.WholeImage`.
+        whole_image: What the image as a whole counts in its score, in units of what its map does; 0 as in the paper.
+            See :class:`~cflow_plugin.model.whole.WholeImage`.
         unseen_share: Share of the training images that only says how likely good cells are; 0 with fewer than eight.
         epochs: Length, where ``--trainer.max_epochs`` sets none; by default it grows with the number of images.
         steps_per_epoch: Optimisation steps in an epoch; by default as many as one pass over all feature vectors takes.
