@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from scipy.spatial.distance import mahalanobis
@@ -122,6 +123,27 @@ def test_where_the_map_tells_images_apart_by_far_the_whole_changes_little():
     assert 0.2 < far < 0.28
     module.calibrate(torch.full((7,), 0.9))  # too few to say how they differ
     assert torch.equal(far, module([images(1)[:, :, None, None] + 1e4], torch.tensor([0.2])))
+
+
+@pytest.mark.skipif(
+    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="the processor has no bf16"
+)
+def test_in_bf16_the_distance_keeps_its_digits():
+    module = WholeImage(60)
+    module.fit(images(100, 60))
+    module.score_decade.fill_(0.2)
+    new = images(30, 60, seed=1)[:, :, None, None]
+    expected = module.double()([new.double()], torch.zeros(30).double()).numpy()
+    assert expected.std() > 0.01
+
+    class Alone(torch.nn.Module):
+        def forward(self, features):
+            return module([features], torch.zeros(30))
+
+    module.float()
+    converted = ov.convert_model(torch.export.export(Alone(), (new,)))
+    found = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})(new.numpy())[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
 def test_it_is_part_of_the_model_in_both_modes_and_of_its_state():
