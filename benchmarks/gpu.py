@@ -3,16 +3,18 @@
     python benchmarks/gpu.py
 
 Training by the default recipe and by the paper's, in single and mixed precision; inference of CflowPlugin, its encoder
-alone, and anomalib's Cflow and Padim, batch 1 and 32, in single precision, bf16, compiled, and replayed as a CUDA
-graph, in alternating rounds; ONNX Runtime's GPU providers where they are installed; whether a run repeats itself; and
-the difference of scores between the GPU that trained a model and the CPU. At most eight minutes. Without a GPU the same
-runs on the CPU with everything small (``--rehearse``), which says nothing of speed.
+alone, and anomalib's Cflow and Padim, batch 1 and 32, in single precision, with factors rounded to TF32, in bf16,
+replayed as a CUDA graph, and compiled, in alternating rounds; ONNX Runtime's GPU providers where they are installed;
+whether a run repeats itself; and the difference of scores between the GPU that trained a model and the CPU. At most
+``--minutes``: what takes longest is prepared last, and left out where they are over. Without a GPU the same runs on the
+CPU with everything small (``--rehearse``), which says nothing of speed.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,10 @@ from cflow_plugin.commands.configs import find_config
 from cflow_plugin.data import Textures
 from cflow_plugin.deploy.graph import InferenceGraph
 from cflow_plugin.errors import CflowError
+from cflow_plugin.modules import in_full_single_precision
 
 MODELS = ("CflowPlugin", "encoder", "Cflow", "Padim")
-MODES = ("f32", "bf16", "compiled", "compiled bf16", "CUDA graph", "CUDA graph bf16")
+MODES = ("f32", "TF32", "bf16", "CUDA graph", "CUDA graph bf16", "compiled", "compiled bf16")
 
 
 def settings_of(recipe: str, rehearse: bool) -> dict[str, Any]:
@@ -88,6 +91,15 @@ def train(
     return row, model
 
 
+@contextmanager
+def _in_tf32() -> Iterator[None]:
+    """What others compute in: torch's default for convolutions, and what Lightning advises for other products."""
+    with in_full_single_precision():
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        yield
+
+
 def runner(model: nn.Module, images: torch.Tensor, mode: str) -> Callable[[], object]:
     """What runs a batch once, and waits for the result.
 
@@ -100,7 +112,8 @@ def runner(model: nn.Module, images: torch.Tensor, mode: str) -> Callable[[], ob
     network = torch.compile(model) if mode.startswith("compiled") else model
 
     def once() -> object:
-        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=lower):
+        precision = _in_tf32() if mode == "TF32" else in_full_single_precision()
+        with torch.inference_mode(), precision, torch.autocast(images.device.type, torch.bfloat16, enabled=lower):
             return network(images)
 
     def wait(run: Callable[[], object]) -> Callable[[], object]:
@@ -125,7 +138,14 @@ def runner(model: nn.Module, images: torch.Tensor, mode: str) -> Callable[[], ob
 
 
 def inference(
-    models: Sequence[str], backbone: str, size: int, batches: list[int], device: str, rounds: int, seconds: float
+    models: Sequence[str],
+    backbone: str,
+    size: int,
+    batches: list[int],
+    device: str,
+    rounds: int,
+    seconds: float,
+    end: float,
 ) -> list[dict]:
     """Latencies of all models and modes.
 
@@ -137,42 +157,47 @@ def inference(
         device: ``cuda`` or ``cpu``.
         rounds: How often each has its turn.
         seconds: Length of a turn.
+        end: When the last turn is to be over, by ``time.monotonic``.
     """
+    wanted = [(batch, name, mode) for batch in batches for name in models for mode in MODES]
+    wanted.sort(key=lambda one: one[2].startswith("compiled"))  # minutes each
     rows: list[dict] = []
-    for batch in batches:
-        images = torch.rand(batch, 3, size, size, device=device)
-        prepared: list[tuple[dict, Callable[[], object], list[float]]] = []
-        for name in models:
-            for mode in MODES:
-                row: dict = {"model": name, "mode": mode, "batch": batch}
-                rows.append(row)
-                try:
-                    if device == "cpu" and mode not in ("f32", "bf16"):
-                        raise CflowError("there is no GPU")
-                    model = build_model(name, backbone, size)
-                    if isinstance(model, CflowPlugin) and mode not in ("f32", "bf16"):
-                        model = InferenceGraph(model, (size, size))  # the same without checks, as in an exported file
-                    model = model.to(device)
-                    if device == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                    start = time.perf_counter()
-                    run = runner(model, images, mode)
-                    for _ in range(3):
-                        run()
-                    row["warm-up s"] = time.perf_counter() - start
-                    row["GPU MiB"] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
-                    prepared.append((row, run, []))
-                except Exception as error:
-                    row["not measured"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        for _ in range(rounds):
-            for _, run, times in prepared:
-                end = time.perf_counter() + seconds
-                while time.perf_counter() < end or len(times) < 3:
-                    start = time.perf_counter()
-                    run()
-                    times.append(time.perf_counter() - start)
-        for row, _, times in prepared:
-            row["p50 ms"], row["images/s"] = 1000 * statistics.median(times), batch / statistics.median(times)
+    prepared: list[tuple[dict, Callable[[], object], list[float]]] = []
+    for batch, name, mode in wanted:
+        row: dict = {"model": name, "mode": mode, "batch": batch}
+        rows.append(row)
+        try:
+            if device == "cpu" and mode not in ("f32", "bf16"):
+                raise CflowError("there is no GPU")
+            if time.monotonic() > end - rounds * seconds * (len(prepared) + 1):
+                raise CflowError("the minutes are over")
+            images = torch.rand(batch, 3, size, size, device=device)
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            model = build_model(name, backbone, size)
+            if isinstance(model, CflowPlugin) and mode not in ("f32", "bf16"):
+                model = InferenceGraph(model, (size, size))  # the same without checks, as in an exported file
+            model = model.to(device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            run = runner(model, images, mode)
+            for _ in range(3):
+                run()
+            row["warm-up s"] = time.perf_counter() - start
+            row["GPU MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else None
+            prepared.append((row, run, []))
+        except Exception as error:
+            row["not measured"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    for _ in range(rounds):
+        for _, run, times in prepared:
+            turn = time.perf_counter() + seconds
+            while time.perf_counter() < turn or len(times) < 3:
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+    for row, _, times in prepared:
+        p50 = statistics.median(times)
+        row["p50 ms"], row["images/s"] = 1000 * p50, row["batch"] / p50
     return rows
 
 
@@ -234,6 +259,7 @@ def main(
     paper_epochs: int = 5,
     rounds: int = 3,
     seconds: float = 0.5,
+    minutes: float = 8,
     rehearse: bool = not torch.cuda.is_available(),
     output: Path = Path("results/benchmarks/gpu"),
 ) -> None:
@@ -247,9 +273,11 @@ def main(
         paper_epochs: Epochs of the paper's recipe that are run; it takes 100.
         rounds: How often each model and mode has its turn in inference.
         seconds: Length of a turn.
+        minutes: When inference is to be over, from the start; what is not prepared by then is left out.
         rehearse: Run everything small; the default without a GPU.
         output: Folder for the results.
     """
+    end = time.monotonic() + 60 * minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if rehearse:
         size, batches, images, paper_epochs, rounds, seconds = 64, batches[:1], 12, 2, 1, 0.01
@@ -267,7 +295,7 @@ def main(
         repeats = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
         difference = (scores(first, data, device) - scores(first, data, "cpu")).abs().max().item()
         models, encoder = (MODELS[:1], "test_resnet") if rehearse else (MODELS, backbone)
-        timed = inference(models, encoder, size, batches, device, rounds, seconds)
+        timed = inference(models, encoder, size, batches, device, rounds, seconds, end)
         timed += onnxruntime_rows(first, size, batches, seconds)
     facts = {"card": card, "a run repeats itself bit by bit": repeats, "largest difference of scores": difference}
     table = Table(box=box.MARKDOWN, title=f"{card}; a run repeats itself: {repeats}; GPU and CPU: {difference:.1e}")

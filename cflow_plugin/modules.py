@@ -1,16 +1,21 @@
-"""What torch lacks: lists that know their modules, buffers of any shape or never rounded, doubles everywhere."""
+"""What torch lacks: lists that know their modules, buffers of any shape or never rounded, numbers with all digits."""
 
-__all__ = ["FullPrecision", "ModuleListOf", "as_on", "in_double", "take_shapes_from_checkpoints"]
+__all__ = [
+    "FullPrecision",
+    "ModuleListOf",
+    "as_on",
+    "in_double",
+    "in_full_single_precision",
+    "take_shapes_from_checkpoints",
+]
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -54,6 +59,47 @@ def in_double(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double()
     except (TypeError, RuntimeError):
         return tensor.cpu().double()
+
+
+@contextmanager
+def in_full_single_precision() -> Iterator[None]:
+    """Let products of numbers in single precision keep all digits; scores hang on them.
+
+    Torch's default rounds the factors of convolutions on Nvidia's GPUs to TF32, which has 11 bits, and those of all
+    products on GPUs and some CPUs after ``torch.set_float32_matmul_precision``, as Lightning advises. What was set is
+    set again afterwards.
+
+    Example:
+        >>> with in_full_single_precision():
+        ...     torch.backends.cudnn.allow_tf32
+        False
+    """
+    backends: Any = torch.backends
+    places = []
+    if hasattr(backends, "fp32_precision"):  # torch from 2.9 on
+        places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+
+    # Older and newer settings both: torch ends with an error where it finds them to disagree.
+    def change(products: str | None, convolutions: bool | None, each: Iterable[str]) -> None:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = convolutions
+        for place, precision in zip(places, each, strict=True):
+            place.fp32_precision = precision
+
+    before = [place.fp32_precision for place in places]
+    products, convolutions = None, None
+    with suppress(RuntimeError):  # as torch says of whoever uses the newer settings alone
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = backends.cudnn.allow_tf32
+    change(products and "highest", None if convolutions is None else False, ["ieee"] * len(places))
+    try:
+        yield
+    finally:
+        change(products, convolutions, before)
 
 
 def as_on(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 import json
 import runpy
+import time
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def test_the_gpu_script_is_rehearsed(tmp_path, monkeypatch):
     assert timed["f32"]["p50 ms"] > 0
     if not torch.cuda.is_available():
         assert timed["CUDA graph"]["not measured"] == "CflowError: there is no GPU"
+
+
+def test_the_gpu_script_ends_when_its_minutes_are_over(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    inference = runpy.run_path(str(ROOT / "benchmarks/gpu.py"), run_name="imported")["inference"]
+    found = inference(["CflowPlugin"], "test_resnet", 64, [1], "cpu", 1, 0.01, time.monotonic() + 60)
+    assert {row["mode"] for row in found if "p50 ms" in row} == {"f32", "bf16"}
+    late = inference(["CflowPlugin"], "test_resnet", 64, [1], "cpu", 1, 0.01, time.monotonic())
+    assert {row["not measured"] for row in late if row["mode"] in ("f32", "bf16")} == {
+        "CflowError: the minutes are over"
+    }
 
 
 @pytest.mark.long

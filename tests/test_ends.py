@@ -29,7 +29,7 @@ from cflow_plugin.deploy import export as export_module
 from cflow_plugin.deploy.graph import convert_to_openvino
 from cflow_plugin.deploy.quantization import TrainingImages
 
-from .conftest import make_engine, make_textures
+from .conftest import call_in_a_copy, make_engine, make_textures
 from .test_post_processing import decide, post_processor_for
 from .test_training import StopAfter
 
@@ -239,6 +239,57 @@ def test_every_precision_has_thresholds_of_its_own_scores(tmp_path, data, precis
     [metrics] = make_engine(tmp_path / "test", precision=precision).test(model, datamodule=data)
     assert all(0 <= value <= 1 for value in metrics.values())
     assert model.post_processor.reference_scores.dtype in (torch.float32, torch.float64)
+
+
+def rounding():
+    """What torch itself says of how it may round factors that are in single precision."""
+    found = {}
+    for name, say in {
+        "products": torch.get_float32_matmul_precision,
+        "convolutions": lambda: torch.backends.cudnn.allow_tf32,
+        **{
+            f"{backend} {kind}": lambda backend=backend, kind=kind: (
+                getattr(getattr(torch.backends, backend), kind).fp32_precision
+            )
+            for backend, kind in (("cuda", "matmul"), ("cudnn", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+            if hasattr(torch.backends, "fp32_precision")
+        },
+    }.items():
+        try:
+            found[name] = say()
+        except RuntimeError:  # older and newer settings disagree
+            found[name] = "unknown"
+    return found
+
+
+def train_where_torch_may_round(folder, way):
+    if way == "older":
+        torch.set_float32_matmul_precision("medium")  # as Lightning advises on GPUs
+    elif way == "newer":
+        torch.backends.fp32_precision = "tf32"
+    asked, seen = rounding(), []
+    model = small_model()
+    model.model.encoder.register_forward_pre_hook(lambda *_: seen.append(rounding()))  # the folded one has it, too
+    datamodule = make_textures(Path(folder), train_good=30, test_good=3)
+    engine = make_engine(Path(folder) / "run")
+    engine.fit(model, datamodule=datamodule)
+    trained = len(seen)
+    engine.test(model, datamodule=datamodule, verbose=False)
+    tested = len(seen)
+    model.eval()(torch.rand(1, 3, 64, 64))
+    assert 0 < trained < tested < len(seen)
+    full = {"products": "highest", "convolutions": False}
+    assert [{**dict.fromkeys(one, "ieee"), **full} for one in seen] == seen
+    assert rounding() == asked
+    assert way == "default" or asked["products"] != "highest"
+
+
+@pytest.mark.parametrize("way", ["older", *(pytest.param(way, marks=pytest.mark.long) for way in ("default", "newer"))])
+def test_no_score_hangs_on_how_torch_may_round(tmp_path, way):
+    """Not even by default: on Nvidia's GPUs convolutions in single precision have 11 bits then."""
+    if way == "newer" and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9 has the older settings only")
+    call_in_a_copy(train_where_torch_may_round, str(tmp_path), way)
 
 
 # What held-out images pass through

@@ -23,6 +23,7 @@ from cflow_plugin.metrics.evaluator import CflowEvaluator, write_metrics
 from cflow_plugin.model.backbones import IMAGENET
 from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.torch_model import CflowModel
+from cflow_plugin.modules import in_full_single_precision
 from cflow_plugin.training.checkpoints import translate_errors
 from cflow_plugin.training.results import ResultFiles
 
@@ -106,7 +107,7 @@ class OneClassMixin(_Module):
             For each layer ``(B, D_k, H_k, W_k)``, in the model's own number format.
         """
         prepared = self.prepared(images).to(self.dtype)
-        with self.trainer.precision_plugin.forward_context():
+        with in_full_single_precision(), self.trainer.precision_plugin.forward_context():
             model: Any = self.model
             pyramid = (model.features if isinstance(model, CflowModel) else model.encoder)(prepared)
         return [part.to(self.dtype) for part in pyramid]
@@ -123,10 +124,15 @@ class OneClassMixin(_Module):
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            with torch.autocast(images.device.type, enabled=False):
+            with in_full_single_precision(), torch.autocast(images.device.type, enabled=False):
                 return self.model(images)
         finally:
             torch.set_default_dtype(default)
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What anomalib's own gives, with scores like those of :meth:`scored`."""
+        with in_full_single_precision():
+            return super().forward(batch, *args, **kwargs)
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of validation images."""
