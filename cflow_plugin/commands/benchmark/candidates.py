@@ -38,6 +38,7 @@ from cflow_plugin.deploy.quantization import compress, quantize
 from cflow_plugin.model.backbones import BACKBONES
 from cflow_plugin.model.encoder import Encoder
 from cflow_plugin.model.quantized import measure_ranges
+from cflow_plugin.modules import in_full_single_precision
 from cflow_plugin.training.lightning_model import CflowPlugin
 
 Model = Literal["CflowPlugin", "CflowPlugin-int8", "encoder", "Cflow", "Padim", "Spade"]
@@ -324,7 +325,8 @@ def _load_torch(candidate: Candidate, model: nn.Module, images: np.ndarray) -> L
     lower = candidate.precision == "bf16"
 
     def run() -> object:
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=lower):
+        autocast = torch.autocast(device, torch.bfloat16, enabled=lower)
+        with torch.inference_mode(), in_full_single_precision(), autocast:  # f32 is f32, not TF32
             result = model(batch)
         if cuda:
             torch.cuda.synchronize()
