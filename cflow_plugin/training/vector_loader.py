@@ -130,7 +130,7 @@ class VectorLoader:
         if self.bank is None or self.bank.is_due or changes:
             self.bank = None  # two at once may be more than the memory holds
             generator = torch.Generator().manual_seed(self.seed)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 # Augmentations draw from torch's own generator, whose state a checkpoint does not hold.
                 torch.manual_seed(self.seed + self._epoch())
                 self.bank = fill_bank(
