@@ -9,7 +9,7 @@ __all__ = [
     "take_shapes_from_checkpoints",
 ]
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -74,32 +74,47 @@ def in_full_single_precision() -> Iterator[None]:
         ...     torch.backends.cudnn.allow_tf32
         False
     """
+    before = _roundings()
+    products, convolutions, *rest = before
+    full = ["highest" if products else None, None if convolutions is None else False, *["ieee"] * len(rest)]
+    _round_as(full)
+    try:
+        yield
+    finally:
+        _round_as(before)
+
+
+# Older and newer settings both: torch ends with an error where it finds them to disagree. Its compiler traces neither.
+_untraced: Any = torch.compiler.disable
+
+
+def _newer_settings() -> list[Any]:
+    if not hasattr(torch.backends, "fp32_precision"):  # torch before 2.9
+        return []
     backends: Any = torch.backends
-    places = []
-    if hasattr(backends, "fp32_precision"):  # torch from 2.9 on
-        places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-        places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
+    return [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
 
-    # Older and newer settings both: torch ends with an error where it finds them to disagree.
-    def change(products: str | None, convolutions: bool | None, each: Iterable[str]) -> None:
-        if products is not None:
-            torch.set_float32_matmul_precision(products)
-        if convolutions is not None:
-            backends.cudnn.allow_tf32 = convolutions
-        for place, precision in zip(places, each, strict=True):
-            place.fp32_precision = precision
 
-    before = [place.fp32_precision for place in places]
+@_untraced
+def _roundings() -> list[Any]:
     products, convolutions = None, None
     with suppress(RuntimeError):  # as torch says of whoever uses the newer settings alone
         products = torch.get_float32_matmul_precision()
     with suppress(RuntimeError):
-        convolutions = backends.cudnn.allow_tf32
-    change(products and "highest", None if convolutions is None else False, ["ieee"] * len(places))
-    try:
-        yield
-    finally:
-        change(products, convolutions, before)
+        convolutions = torch.backends.cudnn.allow_tf32
+    return [products, convolutions, *(place.fp32_precision for place in _newer_settings())]
+
+
+@_untraced
+def _round_as(roundings: list[Any]) -> None:
+    products, convolutions, *rest = roundings
+    if products is not None:
+        torch.set_float32_matmul_precision(products)
+    if convolutions is not None:
+        torch.backends.cudnn.allow_tf32 = convolutions
+    for place, precision in zip(_newer_settings(), rest, strict=True):
+        place.fp32_precision = precision
 
 
 def as_on(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def feature_changes(
     found: list[list[torch.Tensor]] = []
     # The transforms draw from torch's own generator, which training must find as it was.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for number, batch in enumerate(loader_of(images.dataset, like=images, sampler=chosen, batch_size=1)):
             image = resize(gain * batch.image).clamp(0, 1)
             before = extract(image / gain)

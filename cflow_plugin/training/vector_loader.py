@@ -132,7 +132,7 @@ class VectorLoader:
             generator = torch.Generator().manual_seed(self.seed)
             with torch.random.fork_rng(devices=[]):
                 # Augmentations draw from torch's own generator, whose state a checkpoint does not hold.
-                torch.manual_seed(self.seed + self._epoch())
+                torch.default_generator.manual_seed(self.seed + self._epoch())
                 self.bank = fill_bank(
                     self.images, self._extract, self._unseen, generator, self._turn_of, self._interest
                 )
