@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 # Two processes run the tests. If each computed in several threads, they would wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-collect_ignore = ["rtsp_camera.py"]  # a program of its own, for the system's Python
+# Not to be imported here: a program of its own, for the system's Python, and what changes torch for the whole process.
+collect_ignore = ["rtsp_camera.py", "pretended_device.py"]
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("CFLOW_SHARED", ROOT.parent / "shared"))
