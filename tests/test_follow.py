@@ -16,7 +16,7 @@ import pytest
 
 from cflow_plugin import CflowError
 from cflow_plugin.commands.watch import arrivals as arriving
-from cflow_plugin.commands.watch.journal import Journal
+from cflow_plugin.commands.watch.journal import Journal, Result
 from cflow_plugin.commands.watch.watch import watch
 
 from .brightness import save_brightness_model
@@ -309,6 +309,22 @@ def test_a_camera_faster_than_the_model(tmp_path, monkeypatch):
     until(lambda: len(taken) - len(shown) - health.dropped in {0, 1})
     assert health.dropped > 10
     assert len({frame.name for frame in shown}) == 10
+
+
+def test_old_frames_are_forgotten_once_those_have_them_who_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("cflow_plugin.commands.watch.journal._KEPT", 10)
+    journal = Journal(tmp_path / "journal.sqlite")
+    receivers = ["in use", "no longer in use"]
+    assert [journal.told(name) for name in receivers] == [0, 0]
+    values = dict.fromkeys(Result._fields, None) | {"stamp": "", "time": 0.0, "decision": "good"}
+    for number in range(1, 51):
+        journal.add(Result(**values | {"number": number, "image": str(number)}))
+    journal.tell("in use", 30)
+    journal.forget(["in use"])
+    assert [one.number for one in journal.after(0)] == list(range(21, 51))
+    journal.forget()
+    assert [one.number for one in journal.after(0)] == list(range(41, 51))
+    journal.close()
 
 
 @pytest.mark.parametrize(

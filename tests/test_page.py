@@ -380,9 +380,11 @@ def test_a_token_is_asked_for_where_others_can_reach_it(model, folder, tmp_path,
     page.end()
 
 
-def test_a_port_that_is_taken(model, folder, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("webhook", [None, "http://127.0.0.1:9/"])
+def test_a_port_that_is_taken(model, folder, tmp_path, webhook, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("CFLOW_PLUGIN_WEBHOOK_SECRET", "secret")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(CflowError, match="cannot be served"):
-        watch(model, str(folder), tmp_path / "out", follow=True, page=taken.getsockname()[1])
+        watch(model, str(folder), tmp_path / "out", follow=True, page=taken.getsockname()[1], webhook=webhook)
     with pytest.raises(CflowError, match="cannot be served"):
         watch(model, str(folder), tmp_path / "out", follow=True, page=0, host="nowhere")
 

@@ -60,15 +60,16 @@ def follow_source(settings: Following) -> None:
         if copies:
             copies.recover(journal)
         table.catch_up(journal)
-        for receiver in receivers_of(settings.webhook, settings.mqtt, journal):
+        receivers = receivers_of(settings.webhook, settings.mqtt, journal)
+        for receiver in receivers:
             stack.callback(deliver(receiver, output / JOURNAL, health).join)
+        stack.callback(health.ended.set)  # before they are waited for, whatever fails from here on
         live = None
         if settings.page is not None:
             review = Review(output / "review", settings.sample, journal.name)
             models = Models(settings, judge, review, lambda chosen: _keep_choice(output, given, chosen))
             live = Live(judge, health, review, models, settings.threshold)
             start_page(live, settings.host, settings.page)
-        stack.callback(health.ended.set)
         stack.enter_context(_ended_by_signal(health))
         images = arrivals(settings.source, judge.compiled.bits, journal.knows, health, output)
         progress = stack.enter_context(Progress(transient=True))
@@ -99,7 +100,7 @@ def follow_source(settings: Following) -> None:
             score = "" if result.smoothed is None else f", score {result.smoothed:.3f}"
             progress.update(task, advance=1, description=f"{health.scored} scored{score}{dropped}")
             if number % _FORGET == 0:
-                journal.forget()
+                journal.forget([receiver.name for receiver in receivers])
             if number == settings.limit:
                 break
     lost = f", {health.lost} files went away before they could be scored" if health.lost else ""

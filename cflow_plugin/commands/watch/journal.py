@@ -12,7 +12,7 @@ import io
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -142,11 +142,13 @@ class Journal:
         """Note that a receiver has all results up to this one."""
         self.keep(f"told {receiver}", str(number))
 
-    def forget(self) -> None:
-        """Drop what no one will ask for again: old frames of a camera. Files are known for as long as the journal."""
-        query = "SELECT min(CAST(value AS INTEGER)) FROM notes WHERE name LIKE 'told %'"
-        slowest = self._database.execute(query).fetchone()[0]
-        last = self.last if slowest is None else slowest
+    def forget(self, receivers: Sequence[str] = ()) -> None:
+        """Drop what no one will ask for again: old frames of a camera. Files are known for as long as the journal.
+
+        Args:
+            receivers: Who is told of results; what one of them does not have yet is kept.
+        """
+        last = min((self.told(receiver) for receiver in receivers), default=self.last)
         self._run("DELETE FROM results WHERE stamp = '' AND number <= ?", (last - _KEPT,))
 
     def _run(self, statement: str, values: tuple[object, ...]) -> None:

@@ -137,6 +137,9 @@ class Models:
                 except Exception as error:  # what a file of another kind makes a runtime raise is not foreseen
                     message = f"{one.name} cannot be run here: {first_line(error)}"
                     raise CflowError(message) from error
+        if digest not in self._figures:
+            message = f"{file.name} was written anew while it was measured; measure it again."
+            raise CflowError(message)
         return self._figures[digest]
 
     def _figures_of(self, file: Path, good: list[Path], defect: list[Path]) -> dict[str, Any]:
