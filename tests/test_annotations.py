@@ -1,6 +1,7 @@
 """Annotations of labelling tools, made into masks: the same shapes from every format."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -80,6 +81,33 @@ def test_the_same_masks_from_every_format(kind, image):
     mask = cv2.imread(str(image / "masks/1.png"), cv2.IMREAD_GRAYSCALE)
     assert set(np.unique(mask)) == {0, 255}
     assert np.array_equal(mask > 0, expected())
+
+
+def boxes(**of):
+    images = [{"id": number, "file_name": name.replace("__", "/") + ".png"} for number, name in enumerate(of)]
+    annotations = [{"image_id": number, "bbox": box} for number, box in enumerate(of.values())]
+    return {"images": images, "annotations": annotations}
+
+
+@pytest.mark.parametrize("folder", ["", "elsewhere__"])
+def test_images_of_one_name_in_several_folders(image, folder):
+    for name in ("a", "b"):
+        (image / "images" / name).mkdir()
+        shutil.copy(image / "images/1.png", image / "images" / name)
+    (image / "images/1.png").unlink()
+    file = write(image, boxes(**{f"{folder}a__1": (1, 2, 3, 4), f"{folder}b__1": (20, 10, 5, 5)}), "coco.json")
+    assert write_masks(file, image / "images", image / "masks") == 2
+    for name, place, area in (("a", (2, 1), 12), ("b", (10, 20), 25)):
+        mask = cv2.imread(str(image / "masks" / name / "1.png"), cv2.IMREAD_GRAYSCALE) > 0
+        assert mask.sum() == area
+        assert mask[place]
+    write_masks(file, image / "images/b", image / "of_b")
+    assert (cv2.imread(str(image / "of_b/1.png")) > 0).any(-1).sum() == 25
+    with pytest.raises(CflowError, match=r"a/1\.png and .*b/1\.png are both called 1\.png"):
+        write_masks(write(image, boxes(**{"1": (1, 2, 3, 4)}), "coco.json"), image / "images", image / "none")
+    with pytest.raises(CflowError, match=r"may be c/1\.png or d/1\.png"):
+        write_masks(write(image, boxes(c__1=BOX, d__1=BOX), "coco.json"), image / "images/a", image / "none")
+    assert not (image / "none").exists()
 
 
 def test_circles_and_specks(image):

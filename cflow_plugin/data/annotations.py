@@ -6,9 +6,9 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import cv2
@@ -34,7 +34,8 @@ def read_annotations(source: Path) -> tuple[dict[str, list[Polygon]], bool]:
             LabelMe's .json or YOLO's .txt files, named as the images are.
 
     Returns:
-        Polygons by the images' names without suffix, and whether they are in shares of width and height, as YOLO's.
+        Polygons by the images' names, as far as folders and suffixes are known, and whether they are in shares of width
+        and height, as YOLO's.
 
     Raises:
         CflowError: If it cannot be read as one of these.
@@ -73,7 +74,7 @@ def read_annotations(source: Path) -> tuple[dict[str, list[Polygon]], bool]:
 
 def _add(found: dict[str, list[Polygon]], shapes: Iterator[tuple[str, Polygon | None]]) -> None:
     for name, polygon in shapes:
-        polygons = found[Path(name).stem]
+        polygons = found[name.replace("\\", "/")]
         if polygon is not None:
             polygons.append(polygon)
 
@@ -172,18 +173,53 @@ def write_masks(annotations: Path, images: Path, output: Path) -> int:
     """
     found, in_shares = read_annotations(annotations)
     files = list_folder(images)
-    lacking = [file.name for file in files if not found.get(file.stem)]
+    names = _names_of(files, found)
+    lacking = [file.name for file, name in zip(files, names, strict=True) if name is None or not found[name]]
     if lacking or not files:
         what = f"nothing for {', '.join(lacking[:3])} ({len(lacking)} images)" if lacking else f"no image in {images}"
         message = f"{annotations} marks {what}; --images is a folder of annotated images of defects alone."
         raise CflowError(message)
-    for file in files:
+    for file, name in zip(files, names, strict=True):
         size = size_of(file)
-        mask = draw_mask(found[file.stem], size, in_shares)
+        mask = draw_mask(found[cast("str", name)], size, in_shares)
         target = (output / file.relative_to(images)).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
     return len(files)
+
+
+def _names_of(files: Sequence[Path], names: Iterable[str]) -> list[str | None]:
+    """Which of the annotated names is each file's: the one whose last parts are most like its own.
+
+    Tools write an image's name alone, or with folders that may lie elsewhere by now.
+
+    Raises:
+        CflowError: If two files have the same name, or a file two.
+    """
+    by_stem: dict[str, list[PurePosixPath]] = defaultdict(list)
+    for name in names:
+        by_stem[PurePosixPath(name).stem].append(PurePosixPath(name))
+    found: list[str | None] = []
+    taken: dict[str, Path] = {}
+    for file in files:
+        folders = file.absolute().parent.parts[::-1]
+        alike = {name: _common(folders, name.parent.parts[::-1]) for name in by_stem[file.stem]}
+        best = [name for name in alike if alike[name] == max(alike.values())]
+        if len(best) > 1:
+            message = f"{file} may be {' or '.join(map(str, best))} of the annotations; put it into a folder called so."
+            raise CflowError(message)
+        name = str(best[0]) if best else None
+        if name is not None and taken.setdefault(name, file) != file:
+            message = (
+                f"{taken[name]} and {file} are both called {name} in the annotations; give each a name of its own."
+            )
+            raise CflowError(message)
+        found.append(name)
+    return found
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    return next((at for at, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))  # noqa: B905
 
 
 def draw_mask(polygons: Sequence[Polygon], size: tuple[int, int], in_shares: bool = False) -> NDArray[np.uint8]:
