@@ -1,7 +1,8 @@
 """A device that computes on the CPU and else behaves as a GPU: its tensors meet no others.
 
 Where there is no GPU it shows what only a GPU would: a tensor that was made or left on the CPU, a generator of the
-CPU's, a look at NumPy's without ``cpu()``. Importing this changes torch for the whole process.
+CPU's, a look at NumPy's without ``cpu()``, numbers of 64 bits where a device has none. Importing this changes torch for
+the whole process.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _NAME = "pretended"
+_REFUSED: set[torch.dtype] = set()
 _INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _MOVES = ("aten::_to_copy", "aten::copy_")
 
@@ -22,6 +24,11 @@ class _Module(backend_registration._DummyBackendModule):
 
 backend_registration._setup_privateuseone_for_python_backend(_NAME, _Module())
 DEVICE = torch.device(_NAME, 0)
+
+
+def lack_doubles() -> None:
+    """From here on no tensor in double precision can be on the device."""
+    _REFUSED.add(torch.float64)
 
 
 class PretendedTensor(torch.Tensor):
@@ -118,6 +125,8 @@ def _call(func, args, kwargs):
     known = {id(one.inner): one for one in there}  # operations in place give what they were given
 
     def wrapped(value):
+        if value.dtype in _REFUSED:
+            raise TypeError(f"{name}: the device has no {value.dtype}")
         return known[id(value)] if id(value) in known else PretendedTensor(value)
 
     return tree_map(lambda value: wrapped(value) if isinstance(value, torch.Tensor) else value, found)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 RESNET = {"backbone": "test_resnet", "layers": [0, 1], "pre_trained": False}
 SETTINGS = {
-    "default": {},
+    "default": {"image_size": (48, 48)},  # so small that it is tried whether a map comes out
     "int8": {**RESNET, "encoder_precision": "int8"},
     "tiles": {"image_size": (96, 96), "tile_size": 64},
     "paper": {"whiten": False, "noise": 0.0, "unseen_share": 0.0, "aggregation": "probability", "permutation": "soft"},
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def mixed_devices_are_refused():
-    from .pretended_device import DEVICE, Pretending
+    from .pretended_device import DEVICE, Pretending, lack_doubles
 
     with Pretending():
         layer, values = torch.nn.Linear(3, 2).to(DEVICE), torch.ones(4, 3)
@@ -38,6 +38,12 @@ def mixed_devices_are_refused():
             layer.weight.detach()[torch.tensor([0])].add_(torch.ones(1, 3))
         with pytest.raises(RuntimeError, match="generator"):
             torch.rand(2, device=DEVICE, generator=torch.Generator())
+        double = values.to(DEVICE).double()
+        lack_doubles()
+        with pytest.raises(TypeError, match="float64"):
+            double.add(1)
+        with pytest.raises(TypeError, match="float64"):
+            values.to(DEVICE).double()
         with pytest.raises(RuntimeError, match="not supported"):
             layer.weight.detach().numpy()
         layer(values.to(DEVICE)).sum().backward()
@@ -52,9 +58,11 @@ def run(folder, model, data, **settings):
     return metrics, *(torch.cat([getattr(one, name).cpu() for one in batches]) for name in ("pred_score", "pred_label"))
 
 
-def train_here_and_there(folder, name, settings):
-    from .pretended_device import DEVICE, PretendedAccelerator, Pretending
+def train_here_and_there(folder, name, settings, doubles=True):
+    from .pretended_device import DEVICE, PretendedAccelerator, Pretending, lack_doubles
 
+    if not doubles:
+        lack_doubles()
     folder = Path(folder)
     data = make_textures(folder / "data", train_good=30, test_good=4)
     length = {"epochs": 2, "steps_per_epoch": 3, "target_false_alarm_rate": 0.2} if name == "CflowPlugin" else {}
@@ -90,6 +98,11 @@ def test_the_device_refuses_what_a_gpu_would():
 )
 def test_on_another_device_it_is_the_same_model(tmp_path, name):
     call_in_a_copy(train_here_and_there, str(tmp_path), "CflowPlugin", {**QUICK, **SETTINGS[name]})
+
+
+@pytest.mark.long
+def test_on_a_device_without_doubles_it_is_the_same_model(tmp_path):
+    call_in_a_copy(train_here_and_there, str(tmp_path), "CflowPlugin", QUICK, False)
 
 
 @pytest.mark.long

@@ -594,6 +594,15 @@ def test_images_that_were_trained_on_are_never_held_out(tmp_path, data):
         ({"held_out_share": 0.6}, "held_out_share"),
         ({"post_processor": PostProcessor()}, "not both"),
         ({"post_processor": False}, "not both"),
+        (
+            {
+                "target_false_alarm_rate": None,
+                "post_processor": PostProcessor(),
+                "smallest_region": 3,
+                "mm_per_pixel": 1.0,
+            },
+            "Give smallest_region and mm_per_pixel or a post_processor, not both",
+        ),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 __all__ = ["ConformalPostProcessor", "post_processing"]
 
+import inspect
 import logging
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -349,14 +350,24 @@ class ConformalPostProcessor(FindsRegions, FullPrecision, PostProcessor):
         self._regions = replace(found, most=own.most or found.most, mm_per_pixel=own.mm_per_pixel or found.mm_per_pixel)
 
 
-def post_processing(given: PostProcessor | bool, *settings: Any) -> PostProcessor | bool:
+def post_processing(given: PostProcessor | bool, rate: float | None, **regions: Any) -> PostProcessor | bool:
     """The post-processor that was asked for.
 
     Args:
         given: A post-processor, or whether to use the default one.
-        *settings: Of the default one, in the order of :class:`ConformalPostProcessor`.
+        rate: The default one's false-alarm rate.
+        **regions: Its settings of regions, by the names that :class:`ConformalPostProcessor` has for them.
+
+    Raises:
+        CflowError: If regions are asked for that the post-processor that is given would know nothing of.
     """
-    return ConformalPostProcessor(*settings) if given is True else given
+    if given is True:
+        return ConformalPostProcessor(rate, **regions)
+    defaults = inspect.signature(ConformalPostProcessor).parameters
+    if asked := [name for name, value in regions.items() if value != defaults[name].default]:
+        msg = f"Give {' and '.join(asked)} or a post_processor, not both: ConformalPostProcessor takes such settings."
+        raise CflowError(msg)
+    return given
 
 
 def _fill_in(post_processor: ConformalPostProcessor, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -373,5 +384,8 @@ def _set_thresholds_anew(post_processor: ConformalPostProcessor, _: object) -> N
 
 def _p_values(scores: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """:func:`p_values` of tensors."""
-    found = p_values(scores.detach().to(reference).cpu().numpy(), reference.cpu().numpy())
-    return torch.as_tensor(found, device=scores.device)
+    found = torch.from_numpy(p_values(scores.detach().to(reference).cpu().numpy(), reference.cpu().numpy()))
+    try:
+        return found.to(scores.device)
+    except TypeError:  # Apple's devices have no doubles
+        return found.float().to(scores.device)

@@ -3,6 +3,7 @@
 __all__ = ["Encoder", "Padding", "Precision"]
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -237,7 +238,8 @@ class Encoder(nn.Module):
         if min(size) >= _LARGE_ENOUGH:  # what the encoder was built with
             return
         try:
-            pyramid = self(torch.zeros(1, 3, *size))
+            like = next(chain(self.parameters(), self.buffers()))
+            pyramid = self(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
         except (RuntimeError, ValueError) as error:
             pyramid, reason = [], error
         else:

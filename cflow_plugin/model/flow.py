@@ -106,7 +106,7 @@ class Whitening(InvertibleModule):
         centred = (in_double(part) - mean for part in parts)
         covariance = reduce(torch.add, (part.T @ part for part in centred)) / max(1, len(vectors) - 1)
         if changes is not None:
-            parts = (part.double() for part in changes.split(_VECTORS_AT_ONCE))
+            parts = (in_double(part) for part in changes.split(_VECTORS_AT_ONCE))
             covariance = covariance + reduce(torch.add, (part.T @ part for part in parts)) / len(changes)
         if not torch.isfinite(covariance).all():
             msg = "The training features are not finite: the encoder's weights or the training images hold NaN or Inf."

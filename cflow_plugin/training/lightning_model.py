@@ -177,7 +177,13 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         network = CflowModel(**{name: value for name, value in locals().items() if name in _OF_NETWORK})
         super().__init__(
             pre_processor=self.pre_processing(pre_processor, network.encoder, bits),
-            post_processor=post_processing(post_processor, rate, smallest_region, most_regions, mm_per_pixel),
+            post_processor=post_processing(
+                post_processor,
+                rate,
+                smallest_region=smallest_region,
+                most_regions=most_regions,
+                mm_per_pixel=mm_per_pixel,
+            ),
             evaluator=evaluator,
             visualizer=visualizer,
         )
