@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -461,6 +462,22 @@ def test_training_ends_when_unseen_images_no_longer_gain(tmp_path, textures):
     # A run that is bounded otherwise is as patient.
     by_steps, _ = fitted_until_nothing_is_gained(tmp_path / "steps", textures, max_epochs=-1, max_steps=600)
     assert len(by_steps) == len(curve)
+
+
+@pytest.mark.long
+def test_with_accumulated_gradients_it_ends_in_the_epochs_that_are_said(tmp_path, textures, caplog):
+    caplog.set_level("INFO")
+    left = []
+
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if said := re.search(r"ending in (\d+)", caplog.text):
+                left.append(int(said[1]))
+
+    model = quick_model(noise=0.0, learning_rate=0.02, steps_per_epoch=5)  # the third step of an epoch has one batch
+    engine = make_engine(tmp_path, callbacks=[Watch()], max_epochs=200, accumulate_grad_batches=2)
+    engine.fit(model, datamodule=textures)
+    assert len(left) == left[0] > 2
 
 
 @pytest.mark.long

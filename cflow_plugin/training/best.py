@@ -4,6 +4,7 @@ __all__ = ["KeepBest"]
 
 import logging
 from collections.abc import Callable
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -94,7 +95,8 @@ class KeepBest(Callback):
             self._take_best(model)
             epochs = max(1, round(_LAST_PART * (epoch + 1)))
             logger.info("Unseen good images have not become likelier for %d epochs; ending in %d.", patience, epochs)
-            self._pace.hasten(pl_module.global_step, epochs * int(trainer.num_training_batches))
+            steps = epochs * ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            self._pace.hasten(pl_module.global_step, steps)
         elif self._is_hastening and self._pace.share >= 1:
             trainer.should_stop = True
 
