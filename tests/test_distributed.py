@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -7,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 import yaml
 
+from cflow_plugin.data.textures import draw
 from cflow_plugin.training.distributed import share_of_batch
 from cflow_plugin.training.feature_bank import VectorBatch
 
@@ -71,6 +74,19 @@ def test_two_processes_do_what_one_does(one, tmp_path):
     assert other_metrics == pytest.approx(metrics, abs=1e-5)
     assert other_files == files
     assert sum(file.endswith(".png") for file in files) == 9
+    [checkpoint] = (tmp_path / "two/CflowPlugin/Textures/weave/latest").rglob("model.ckpt")
+    images, count = tmp_path / "images", 7
+    images.mkdir()
+    for number in range(count):
+        picture = draw("weave", "hole" if number % 3 == 0 else "good", "test", number, size=64).image
+        cv2.imwrite(str(images / f"{number}.png"), picture)
+    predict = ["anomalib", "predict", "--model", "CflowPlugin", "--data", images, "--ckpt_path", checkpoint]
+    said = run_command(*predict, "--default_root_dir", "predicted", *ddp, cwd=tmp_path)
+    [table] = {found.resolve() for found in (tmp_path / "predicted").rglob("predictions.csv")}
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == len({row["image"] for row in rows}) == count
+    anomalous = sum(row["anomalous"] == "1" for row in rows)
+    assert f"{count} images, {anomalous} anomalous" in " ".join(said.split())
 
 
 @pytest.mark.long

@@ -3,7 +3,6 @@
 __all__ = ["ResultFiles"]
 
 import csv
-import heapq
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from pandas import DataFrame, read_csv, to_numeric
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -56,8 +56,6 @@ class ResultFiles(Callback):
         self._folder = Path()
         self._table: Path | None = None
         self._regions: RegionFiles | None = None
-        self._highest: list[tuple[float, tuple[str, ...]]] = []
-        self._count = self._anomalous = 0
 
     # Test
 
@@ -102,7 +100,6 @@ class ResultFiles(Callback):
         self._place = _never_twice(place, images)
         part = "" if trainer.is_global_zero else f".{trainer.global_rank}"
         self._table = self._folder / f"{_TABLE}{part}"
-        self._highest, self._count, self._anomalous = [], 0, 0
         with self._table.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(_COLUMNS)
         processor = pl_module.post_processor
@@ -128,11 +125,6 @@ class ResultFiles(Callback):
             csv.writer(file).writerows(rows)
         if self._regions is not None:
             self._write_regions(batch, pl_module, self._regions)
-        for row in rows:
-            self._count += 1
-            self._anomalous += row[2] == "1"
-            entry = (float(row[1] or "nan"), row)
-            (heapq.heappush if len(self._highest) < _SHOWN else heapq.heappushpop)(self._highest, entry)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather what other processes wrote, and show the highest scores."""
@@ -152,10 +144,11 @@ class ResultFiles(Callback):
                 self._regions.take(Path(f"{self._regions.lines}.{rank}"))
         if self._regions is not None:
             self._regions.close()
+        found = read_csv(self._table, dtype=str, keep_default_na=False)
         if trainer.progress_bar_callback is not None:
-            _show(sorted(self._highest, reverse=True), self._count)
-        what = "1 image" if self._count == 1 else f"{self._count} images"
-        logger.info("%s, %d anomalous. Table and pictures are in %s.", what, self._anomalous, self._folder.resolve())
+            _show(found)
+        what, anomalous = "1 image" if len(found) == 1 else f"{len(found)} images", (found["anomalous"] == "1").sum()
+        logger.info("%s, %d anomalous. Table and pictures are in %s.", what, anomalous, self._folder.resolve())
 
     def _write_regions(self, batch: ImageBatch, module: LightningModule, files: RegionFiles) -> None:
         """Write what is anomalous in a batch's images, in their files' own pixels."""
@@ -242,11 +235,12 @@ def _rows(batch: ImageBatch, post_processor: Any, pictures: list[str]) -> list[t
     return list(zip(map(str, paths), scores, labels, p_values, pictures, strict=True))
 
 
-def _show(rows: list[tuple[float, tuple[str, ...]]], count: int) -> None:
-    title = "Predictions" if count <= _SHOWN else f"The {len(rows)} highest of {count} scores"
+def _show(found: DataFrame) -> None:
+    title = "Predictions" if len(found) <= _SHOWN else f"The {_SHOWN} highest of {len(found)} scores"
     table = Table(title=title, title_justify="left")
     for name in ("image", "score", "decision", "p-value"):
         table.add_column(name, overflow="fold")
-    for _, (image, score, anomalous, p_value, _) in rows:
+    scores = to_numeric(found["score"], errors="coerce").sort_values(ascending=False)
+    for _, (image, score, anomalous, p_value, _) in found.loc[scores.index[:_SHOWN]].iterrows():
         table.add_row(image, score, {"1": "anomalous", "0": "good"}.get(anomalous, ""), p_value)
     Console().print(table)
