@@ -89,6 +89,10 @@ def test_the_highest_value_of_the_camera_becomes_1():
                 pre_processor(torch.full((1, 1, 2, 2), (highest + 1) / 65_535))
     with pytest.raises(CflowError, match="between 8 and 16"):
         CflowPreProcessor(bits=7)
+    given = CflowPreProcessor.of((64, 64), (0.5,) * 3, (0.5,) * 3)
+    given.bits = 12
+    assert CflowPlugin(**QUICK, pre_processor=given).pre_processor.bits == 12
+    assert CflowPlugin(**QUICK, pre_processor=given, bits=10).pre_processor.bits == 10
 
 
 def test_pictures_show_more_than_white(tmp_path):

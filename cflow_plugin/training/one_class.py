@@ -53,13 +53,14 @@ class OneClassMixin(_Module):
         """The pre-processor that was asked for.
 
         Args:
-            given: A pre-processor, of which anomalib's own keeps its transform alone; or whether to use the default,
+            given: A pre-processor, of which its transform (and bits) are kept; or whether to use the default,
                 which resizes and normalises as was done to the images that the encoder's weights were trained on.
             encoder: The encoder.
             bits: Bits of a value in the images; ``None`` where the training images decide.
         """
         if given is True:
             given = CflowPreProcessor.of(encoder.image_size or _DEFAULT_SIZE, *encoder.input)
+        bits = getattr(given, "bits", None) if bits is None else bits
         return CflowPreProcessor(given.transform, bits) if isinstance(given, PreProcessor) else given
 
     @staticmethod
