@@ -175,6 +175,12 @@ def test_going_on(exported, pictures, tmp_path):
     }
     assert lost <= set(after.index)
     assert not list(out.glob("*.partial"))
+    table = (out / "_regions.csv").read_text()
+    for file in ("_regions.csv", "_regions.coco.json"):  # as after a kill behind the last part
+        (out / file).unlink()
+    score(exported, str(folder), out, batch=3)
+    assert (out / "_regions.csv").read_text() == table
+    assert (out / "_regions.coco.json").is_file()
 
 
 def test_a_batch_that_comes_twice_is_one_part(tmp_path):

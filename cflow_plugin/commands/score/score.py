@@ -96,12 +96,12 @@ def score(
                     progress.advance(task, done.images)
                     speed = progress.tasks[0].completed / (time.monotonic() - start)
                     progress.update(task, description=f"Scoring, {speed:.0f} images/s")
-            parts.write_regions()
             spent = time.monotonic() - start
             logger.info("%d images in %.1f s, %.1f a second.", todo, spent, todo / spent)
             if errors:
                 what = "1 image" if errors == 1 else f"{errors} images"
                 logger.warning("%s could not be scored; the column error says why.", what)
+        parts.write_regions()  # also where a run was killed before it came to this
     logger.info("Scores are in %s.", parts.folder)
     if todo == len(images) == errors:
         message = f"None of the {todo} images could be scored; the column error in {parts.folder} says why."
