@@ -146,6 +146,9 @@ def test_a_repository_for_other_servers(tmp_path):
     save_brightness_model(tmp_path / "models/line1.xml")
     save_brightness_model(tmp_path / "models/line2/weights/model.xml")
     repository = tmp_path / "repository"
+    (tmp_path / "other.onnx").touch()
+    with pytest.raises(CflowError, match="no exported model"):
+        make_repository(tmp_path / "other.onnx", repository)
     make_repository(tmp_path / "models", repository)
     listed = json.loads((repository / "config.json").read_text())["model_config_list"]
     assert [entry["config"] for entry in listed] == [

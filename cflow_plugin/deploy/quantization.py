@@ -5,7 +5,7 @@ __all__ = ["TrainingImages", "check_data", "compress", "quantize", "quantize_wit
 import logging
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from types import ModuleType
@@ -127,7 +127,7 @@ class TrainingImages:
             yield (image if self.size is None else resize(image, list(self.size), antialias=True)).numpy()
 
 
-def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
+def quantize(model: ov.Model, images: TrainingImages | Sequence[np.ndarray]) -> ov.Model:
     """Quantize a converted model after training: the decoders' sub-networks compute in INT8.
 
     What else could be in INT8 must not be. The whitening in front of a decoder magnifies directions of little variance,
@@ -155,7 +155,7 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
             model,
             nncf.Dataset(images),
             preset=nncf.QuantizationPreset.MIXED,
-            subset_size=sum(1 for _ in images),
+            subset_size=len(images),
             ignored_scope=_all_but_decoders(model),
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
@@ -173,7 +173,7 @@ def quantize(model: ov.Model, images: Iterable[np.ndarray]) -> ov.Model:
 
 def quantize_with_accuracy_control(
     model: ov.Model,
-    images: Iterable[np.ndarray],
+    images: TrainingImages | Sequence[np.ndarray],
     validation: DataLoader,
     metric: Metric,
     max_drop: float,
@@ -214,7 +214,7 @@ def quantize_with_accuracy_control(
         nncf.Dataset(validation),
         measure,
         max_drop=max_drop,
-        subset_size=sum(1 for _ in images),
+        subset_size=len(images),
         ignored_scope=_all_but_decoders(model),
         advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
     )

@@ -23,7 +23,7 @@ from cflow_plugin.commands.check.comparison import (
     reference_scores_hold,
 )
 from cflow_plugin.commands.check.file import Finding, check_file, rate_of
-from cflow_plugin.commands.check.runtimes import Precision, Run, runtimes_for
+from cflow_plugin.commands.check.runtimes import Precision, Runtime, runtimes_for
 from cflow_plugin.commands.score.listing import list_images
 from cflow_plugin.decisions.reference_scores import read_reference_scores
 from cflow_plugin.deploy.fingerprint import RELEASE, size_of, size_of_pattern, stored_types
@@ -104,7 +104,7 @@ def check(
         single = results if runtime.name == "OpenVINO f32" else single
         rows.append(row)
 
-    again = _scores_of(runtimes_for(model.absolute(), exported)[0].open(), trained, size_of(exported))
+    again = _scores_of(runtimes_for(model.absolute(), exported)[0], trained, size_of(exported))
     scores = np.array([single[index].score for index in fresh]) if single else np.empty(0)
     allowed = of_file if pictures.size is None else max(of_file, _RESIZED)
     findings.append(reference_scores_hold(stored, again, scores, allowed))
@@ -166,7 +166,7 @@ def _transform_of(trained: Any) -> Any:
         return None
 
 
-def _scores_of(run: Run, trained: Any, size: tuple[int, int] | None) -> np.ndarray | None:
+def _scores_of(runtime: Runtime, trained: Any, size: tuple[int, int] | None) -> np.ndarray | None:
     """A file's own scores of the images that set its thresholds, prepared as then, if they lie where they did."""
     if trained is None or not trained.reference.files:
         return None
@@ -177,7 +177,7 @@ def _scores_of(run: Run, trained: Any, size: tuple[int, int] | None) -> np.ndarr
     except CflowError as error:
         logger.info("The images that set the thresholds are not scored again. %s", error)
         return None
-    scores = []
+    run, scores = runtime.open(), []
     for index in range(len(images)):
         image = images[index].image
         image = image if size is None else resize(image, list(size), antialias=True)

@@ -61,8 +61,8 @@ class Pictures(NamedTuple):
         if self.transform is not None:
             import torch  # there with the checkpoint that knows of it
 
-            image = torch.from_numpy(pixels.astype(np.float32) / highest).permute(2, 0, 1)
-            values = self.transform(image).permute(1, 2, 0).numpy() * highest
+            image = torch.from_numpy(pixels.astype(np.float32) / highest).permute(2, 0, 1).flip(0)  # red first
+            values = self.transform(image).flip(0).permute(1, 2, 0).numpy() * highest
             pixels = values.round().clip(0, highest).astype(pixels.dtype)
         if self.size is None or pixels.shape[:2] == self.size:
             return pixels

@@ -112,7 +112,11 @@ def find_models(models: Path, suffixes: Sequence[str] = ("xml", "onnx")) -> dict
     Raises:
         CflowError: If there are none, or two of one name, or a name that is none.
     """
-    files = [models] if models.is_file() else sorted(path for end in suffixes for path in models.rglob(f"*.{end}"))
+    files = (
+        [models]
+        if models.is_file() and models.suffix[1:] in suffixes
+        else sorted(path for end in suffixes for path in models.rglob(f"*.{end}"))
+    )
     if not files:
         message = f"There is no exported model in {models}; `anomalib export --model CflowPlugin` writes one."
         raise CflowError(message)
