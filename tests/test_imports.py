@@ -1,6 +1,7 @@
 """Names that are imported inside functions exist as well: no other test may come by. And what will go is an error."""
 
 import ast
+import re
 import warnings
 from importlib import import_module
 
@@ -27,6 +28,13 @@ def test_all_that_is_imported_is_there(path):
             except ModuleNotFoundError:
                 missing.append(f"{module}.{name}")
     assert not missing
+
+
+def test_the_reference_has_every_module_but_those_inside_of_commands():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "cflow_plugin").rglob("*.py")}
+    public = {name for name in modules if not name.endswith("__init__") and ".commands." not in name}
+    named = re.findall(r"automodule:: (\S+)", "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md")))
+    assert public <= set(named)
 
 
 def test_the_test_finds_what_is_missing(tmp_path):

@@ -64,7 +64,7 @@ def encoder_of(model: ov.Model) -> dict[str, Any]:
         model: As OpenVINO has read it from an .xml or .onnx file.
 
     Returns:
-        Nothing where it is of another model or an older release.
+        Nothing where it is of another model.
     """
     return json.loads(note_of(model, ENCODER_KEY) or "{}")
 

@@ -5,7 +5,7 @@ __all__ = ["Aggregation", "AnomalyScoring", "FoldedScoring", "cells_inside", "fi
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -136,7 +136,6 @@ class AnomalyScoring(FullPrecision):
             self.register_buffer(f"correction_{scale}", torch.zeros(1, 1))
         self.interest: torch.Tensor
         self.register_buffer("interest", torch.ones(1, 1, dtype=torch.bool))
-        self.register_load_state_dict_pre_hook(_look_at_all)
         take_shapes_from_checkpoints(self)
 
     @property
@@ -402,11 +401,3 @@ def means_inside(pyramid: Sequence[torch.Tensor], cells: Sequence[torch.Tensor])
         part if inside.all() else (part * (inside / inside.sum()).to(part)).sum((2, 3), keepdim=True)
         for part, inside in zip(pyramid, cells, strict=True)
     ]
-
-
-def _look_at_all(scoring: AnomalyScoring, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of an older release has no region of interest, no own weights, and scores without the mean."""
-    temperature = state_dict.get(f"{prefix}temperature", scoring.temperature)
-    state_dict.setdefault(f"{prefix}weights", torch.softmax(-2 * temperature.log(), 0))
-    state_dict.setdefault(f"{prefix}mean_power", torch.zeros_like(scoring.mean_power))
-    state_dict.setdefault(f"{prefix}interest", torch.ones(1, 1, dtype=torch.bool, device=scoring.interest.device))

@@ -71,7 +71,6 @@ class WholeImage(FullPrecision):
         self.register_buffer("decade", torch.ones(()))
         self.register_buffer("score_decade", torch.zeros(()))
         take_shapes_from_checkpoints(self)
-        self.register_load_state_dict_pre_hook(_add_unfitted)
 
     @property
     def is_fitted(self) -> bool:
@@ -144,12 +143,6 @@ class WholeImage(FullPrecision):
         rarity = ((distance - self.typical) / self.decade).clamp_min(0)
         decades = _MOST_DECADES * (1 - torch.exp(-rarity / _MOST_DECADES))
         return 1 - (1 - score) * torch.exp(-self.weight * self.score_decade * decades)
-
-
-def _add_unfitted(module: WholeImage, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
-    """Let checkpoints lack all of this, as those of older releases do: then it says nothing."""
-    for name, buffer in module.named_buffers():
-        state.setdefault(prefix + name, buffer)
 
 
 def _gaussian(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -219,19 +219,20 @@ def check_weights(found: Mapping[str, torch.Tensor], model: nn.Module) -> None:
 
     Args:
         found: A checkpoint's tensors by their names.
-        model: The model that it is to be loaded into; what makes scores of likelihoods may be missing.
+        model: The model that it is to be loaded into.
 
     Raises:
         CflowError: If one is not, or a tensor of weights is not finite.
     """
     names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]  # which nothing reads
-    needed = [f"model.{name}" for name in names if not name.startswith(("scoring.", "whole."))]
-    if missing := [name for name in needed if name not in found]:
+    if missing := [name for name in (f"model.{name}" for name in names) if name not in found]:
         message = (
             f"The checkpoint is of another kind of model: it lacks {missing[0]}, and {len(missing)} weights in all."
         )
         raise CflowError(message)
-    if bad := [name for name in needed if not torch.isfinite(found[name]).all()]:
+    # What makes scores of likelihoods is not a number until training ends.
+    weights = [f"model.{name}" for name in names if not name.startswith(("scoring.", "whole."))]
+    if bad := [name for name in weights if not torch.isfinite(found[name]).all()]:
         message = f"The checkpoint's weights hold NaN or infinite values ({bad[0]}); train anew, or take an older one."
         raise CflowError(message)
 

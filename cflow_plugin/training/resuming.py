@@ -140,8 +140,6 @@ def take_over_settings(module: AnomalibModule, found: Mapping[str, Any]) -> None
         found: The checkpoint's settings.
     """
     found = {name: list(value) if name == "image_size" else value for name, value in found.items()}
-    if found:
-        found.setdefault("flow_dimensions", None)  # older releases took all
     built_with = {name: found[name] for name in inspect.signature(CflowModel).parameters if name in found}
     given = {**module.hparams, "image_size": list(module.hparams["image_size"])}
     other = {name: value for name, value in built_with.items() if value != given.get(name)}

@@ -100,7 +100,7 @@ def _input(model: ov.Model) -> Finding:
 
 def _fingerprint(model: ov.Model, stored: dict[str, Any] | None, tolerance: float) -> Finding:
     if stored is None:
-        return Finding("fingerprint", None, "The file holds none: it was written by an older release.")
+        return Finding("fingerprint", None, "The file holds none.")
     found = fingerprint_of(model)
     score, maps = (_distance(stored, found, key) for key in ("scores", "maps"))
     same = score <= tolerance and maps <= tolerance and stored.get("labels") == found["labels"]
