@@ -157,7 +157,7 @@ def test_what_is_fast_enough_is_named_the_most_accurate_first(capsys):
     [train] = [line for line in out.splitlines() if "anomalib train" in line]
     assert '--model.backbone resnet18 --model.image_size "[256, 256]" --model.encoder_precision int8' in train
     [export] = [line for line in out.splitlines() if "anomalib export" in line]
-    assert "--compression_type int8_ptq" in export
+    assert "--compression_type INT8_PTQ" in export
     assert "--precision bf16" in out.splitlines()[-1]
     print_fast_enough(rows, 50, console)
     out = capsys.readouterr().out

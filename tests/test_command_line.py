@@ -1,7 +1,11 @@
 import json
 import re
 import runpy
+import signal
+import subprocess
+import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -233,6 +237,43 @@ def test_benchmarks_explain_themselves(path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert f"usage: {path.name}" in out
     assert "No help" not in out
+
+
+@pytest.mark.long
+def test_errors_of_settings_are_one_sentence(tmp_path):
+    model = "{class_path: CflowPlugin, init_args: {backbone: gabor}}"
+    (tmp_path / "config.yaml").write_text(f"model: {model}\ndata: Textures\n")
+    for setting, value, words in (
+        ("layers", "[scale9]", "has no layer 'scale9'; choose from"),
+        ("target_false_alarm_rate", "1.5", "must lie between 0 and 1"),
+        ("condition_dims", "7", "positive multiple of four"),
+        ("smallest_region", "100000", "the map has 256×256"),
+        ("clamp", "-1", "clamp must be above 0"),
+    ):
+        command = ["anomalib", "train", "--config", "config.yaml", f"--model.{setting}", value]
+        out = run_command(*command, cwd=tmp_path, expect=1)
+        assert "Traceback" not in out
+        assert out.strip().splitlines()[-1].startswith("error: ")
+        assert words in out
+        assert len(out) < 1000
+
+
+@pytest.mark.long
+def test_a_signal_to_end_is_no_success(tmp_path):
+    command = [Path(sys.executable).parent / "anomalib", "train", "--model", "CflowPlugin", "--data", "Textures", *FEW]
+    command += ["--model.backbone", "gabor", "--model.image_size", "[64,64]", "--trainer.max_epochs", "5000"]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while not list(tmp_path.rglob("last.ckpt")) and run.poll() is None:
+            time.sleep(0.2)
+        run.terminate()
+        assert run.wait(120) == 128 + signal.SIGTERM
+    finally:
+        run.kill()
+    said = " ".join((tmp_path / "log").read_text().split())
+    assert "Ended by the system's signal in epoch" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.long

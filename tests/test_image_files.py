@@ -22,6 +22,7 @@ from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.commands.score import score
 from cflow_plugin.commands.watch.watch import watch
 from cflow_plugin.data.textures import draw
+from cflow_plugin.images.listing import list_folder
 from cflow_plugin.images.reading import ImageFileError, read_image
 
 from .conftest import QUICK, make_engine, run_command
@@ -179,6 +180,15 @@ def test_trained_on(taken, tmp_path):
     shutil.copytree(taken, root / "good", dirs_exist_ok=True)
     model = train(root)
     assert torch.isfinite(model(torch.rand(1, 3, 64, 64)).anomaly_map).all()
+
+
+def test_links_to_folders_are_named(tmp_path, caplog):
+    root = folder_of_good(tmp_path)
+    (root / "good/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    shutil.copytree(root / "good", tmp_path / "elsewhere", symlinks=True)
+    count = len(list_folder(root / "good"))
+    assert count == sum(1 for path in (root / "good").glob("*.*"))
+    assert "good/more is a link to a folder" in caplog.text
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -13,8 +13,10 @@ from anomalib.data.utils import ValSplitMode
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from scipy.stats import beta, betabinom, kstest
+from sklearn.metrics import f1_score
 
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.commands.monitor import monitor
@@ -232,6 +234,10 @@ def test_too_few_images_are_refused_with_the_number_needed(tmp_path, data):
         make_engine(tmp_path).fit(model, datamodule=data)
     with pytest.raises(CflowError, match="no image in"):
         make_engine(tmp_path).fit(quick_model(held_out_images=str(tmp_path / "absent")), datamodule=data)
+    linked = tmp_path / "linked"
+    linked.symlink_to(data.root / data.category / "train/good", target_is_directory=True)
+    with pytest.raises(CflowError, match=r"16 images of .*linked are trained on, too"):
+        make_engine(tmp_path).fit(quick_model(held_out_images=str(linked)), datamodule=data)
 
 
 @pytest.mark.parametrize(("images", "rate"), [(19, 0.05), (40, 0.05), (200, 0.01)])
@@ -314,18 +320,42 @@ def test_given_images_leave_all_others_to_training(tmp_path, data):
 # F1-adaptive thresholds stay
 
 
-def test_without_a_rate_thresholds_are_anomalib_s(tmp_path, data):
+def test_without_a_rate_thresholds_lie_just_below_anomalib_s(tmp_path, data):
     models = [quick_model(target_false_alarm_rate=None), quick_model(target_false_alarm_rate=None)]
     models[1].post_processor = PostProcessor()
+    seen = {}
+
+    class Watch(Callback):
+        def on_validation_start(self, trainer, module):
+            seen.update(image=[], pixel=[])  # the last one counts
+
+        def on_validation_batch_end(self, trainer, module, outputs, *_):
+            seen["image"].append(outputs.pred_score)
+            seen["pixel"].append(outputs.anomaly_map.flatten())
+
     for index, model in enumerate(models):
-        make_engine(tmp_path / str(index)).fit(model, datamodule=data)
+        make_engine(tmp_path / str(index), callbacks=[Watch()] * index).fit(model, datamodule=data)
     found, expected = map(buffers_of, models)
-    assert torch.isfinite(expected["_image_threshold"])
-    for name, value in expected.items():
-        if not name.endswith(("_min", "_max")):
-            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
-    images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(models[0].eval()(images).pred_mask, models[1].eval()(images).pred_mask)
+    for kind, parts in seen.items():
+        threshold, values = expected[f"_{kind}_threshold"], torch.cat(parts)
+        below = values[values < threshold].max()
+        assert below < found[f"_{kind}_threshold"] < threshold
+        torch.testing.assert_close(found[f"_{kind}_threshold"], (below + threshold) / 2)
+
+
+@pytest.mark.parametrize("anomalous", [[1.0], [0.4999, 1.0], [0.01, 0.2], [0.3, 0.30000003]])
+def test_what_maximises_f1_is_what_is_decided(anomalous):
+    """Also where an anomalous score is the highest that there can be."""
+    scores = torch.tensor([0.02, 0.15, 0.18, *anomalous])
+    labels = torch.tensor([0, 0, 0, *[1] * len(anomalous)]).bool()
+    post_processor = ConformalPostProcessor()
+    maps = scores.view(-1, 1, 1)
+    batch = {"image": torch.zeros(len(scores), 3, 1, 1), "gt_label": labels, "gt_mask": labels.view(-1, 1, 1)}
+    post_processor.on_validation_batch_end(None, None, ImageBatch(pred_score=scores, anomaly_map=maps, **batch))
+    post_processor.on_validation_epoch_end(None, None)
+    found = post_processor(InferenceBatch(pred_score=scores, anomaly_map=maps[:, None]))
+    best = max(f1_score(labels, scores >= score) for score in scores)
+    assert f1_score(labels, found.pred_label) == f1_score(labels, found.pred_mask.flatten()) == best
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.9])
@@ -344,7 +374,7 @@ def test_normalisation_keeps_every_order_and_decision(threshold):
     )
     post_processor.on_validation_batch_end(None, None, validated)
     post_processor.on_validation_epoch_end(None, None)
-    assert post_processor.image_threshold == torch.tensor(threshold)
+    assert few[1] < post_processor.image_threshold < threshold
     found = post_processor(InferenceBatch(pred_score=scores, anomaly_map=scores.view(1, 1, 1, -1)))
     for values, decided in (
         (found.pred_score, found.pred_label),
@@ -353,7 +383,7 @@ def test_normalisation_keeps_every_order_and_decision(threshold):
         assert (values.diff() > 0).all()
         assert values.min() >= 0
         assert values.max() <= 1
-        assert torch.equal(decided.bool(), scores > threshold)
+        assert torch.equal(decided.bool(), scores > post_processor.image_threshold)
 
 
 # What happens without a word of the rate

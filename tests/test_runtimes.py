@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +50,18 @@ SIZES = [(64, 64), (32, 32), (70, 200), (301, 97), (800, 600), (3000, 4000)]
 SIZES += [tuple(size) for size in np.exp(_random.uniform(np.log(32), np.log(900), (44, 2))).astype(int).tolist()]
 NODE_RUNTIMES = ["onnxruntime-node", "onnxruntime-web"]
 EIGHT_BITS = 40  # of the fifty; the others have 12 in 16
+
+
+def test_threads_get_the_results_of_their_own_images(export):
+    scorer = compile_exported(export((64, 64)), "CPU", "f32")
+    kinds = ["good", "hole"] * 3
+    images = [draw("weave", kind, "test", number, size=64).image[None] for number, kind in enumerate(kinds)]
+    expected = [float(scorer([image])["pred_score"].item()) for image in images]
+    assert len(set(expected)) == 6
+    calls = [number % 6 for number in range(1200)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda number: float(scorer([images[number]])["pred_score"].item()), calls))
+    assert found == pytest.approx([expected[number] for number in calls], abs=1e-6)
 
 
 @pytest.mark.parametrize("new", [(64, 64), (33, 70), (300, 200)])

@@ -183,6 +183,30 @@ def test_going_on(exported, pictures, tmp_path):
     assert (out / "_regions.coco.json").is_file()
 
 
+def test_what_was_mended_or_changed_is_scored_again(exported, pictures, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(pictures, folder)
+    whole = (folder / "0.BMP").read_bytes()
+    (folder / "0.BMP").write_bytes(whole[:-500])
+    score(exported, str(folder), out, batch=3, maps=True)
+    before = read(out)
+    assert list(before.index[before["error"].notna()]) == [str(folder / "0.BMP")]
+    (folder / "0.BMP").write_bytes(whole)
+    shutil.copy2(folder / "deeper/ü 1.png", folder / "deeper/ü 3.png")  # with the time of the other one
+    caplog.clear()
+    score(exported, str(folder), out, batch=3, maps=True)
+    assert "2 images in" in caplog.text
+    after = read(out)
+    assert after["error"].isna().all()
+    assert set(after.index) == set(before.index)
+    assert not after.index.has_duplicates
+    one, other = (after.loc[str(folder / f"deeper/ü {number}.png")] for number in (1, 3))
+    assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+    untouched = after.index.difference([str(folder / "0.BMP"), str(folder / "deeper/ü 3.png")])
+    pd.testing.assert_frame_equal(after.loc[untouched], before.loc[untouched], check_dtype=False)
+
+
 def test_a_batch_that_comes_twice_is_one_part(tmp_path):
     parts = ScoreTable(tmp_path, maps=False)
     rows = [Row("a", 0.25, True), Row("b", error="could not be read")]

@@ -58,6 +58,13 @@ def test_a_finished_run_cannot_go_on_for_longer(tmp_path, textures, schedule):
         )
 
 
+def test_a_run_cannot_go_on_to_where_it_has_been(tmp_path, textures):
+    make_engine(tmp_path / "run").fit(quick_model(epochs=3), datamodule=textures)
+    last = next((tmp_path / "run").rglob("last.ckpt"))
+    with pytest.raises(CflowError, match=r"of epoch 2, and this run ends with epoch 1: set --model\.epochs"):
+        make_engine(tmp_path / "less").fit(quick_model(epochs=1), datamodule=textures, ckpt_path=last)
+
+
 def test_only_decoders_and_constants_change(tmp_path, textures):
     model = quick_model(backbone="resnet18", layers=["layer1"], pre_trained=False)
     before, modes = weights_of(model), []

@@ -1,8 +1,10 @@
 """Errors that end in one sentence instead of a stack trace, those of anomalib among them.
 
-- What: sets ``sys.excepthook``, and recognises four of anomalib's errors by the words of their messages.
-- Why: on anomalib's command line a wrong path ends in a hundred lines of stack trace. anomalib raises plain
-  ``ValueError`` and ``FileNotFoundError`` there, which nothing but their words tells apart.
+- What: sets ``sys.excepthook``, wraps ``AnomalibCLI.instantiate_classes``, and recognises four of anomalib's errors and
+  two of torch's by the words of their messages.
+- Why: on anomalib's command line a wrong path or setting ends in a hundred lines of stack trace. anomalib raises plain
+  ``ValueError`` and ``FileNotFoundError`` there, which nothing but their words tells apart; jsonargparse drops our own
+  errors for another that lists all settings.
 - Since: anomalib 2.7, whose ``rich`` installs a hook of its own when ``anomalib.cli.cli`` is imported.
 - Upstream: to be asked for: exceptions of types of their own. No report is known.
 - Can go: the words, when there are such types; the hook stays for our own errors.
@@ -10,12 +12,13 @@
 
 from __future__ import annotations
 
-__all__ = ["explain", "install_excepthook"]
+__all__ = ["explain", "install_excepthook", "keep_our_errors"]
 
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
 from cflow_plugin.errors import CflowError
@@ -31,6 +34,7 @@ _UNWRITABLE = {
     errno.EROFS: _ELSEWHERE,
     errno.EACCES: _ELSEWHERE,
     errno.EPERM: _ELSEWHERE,
+    errno.EFBIG: "The system limits the size of files; see ulimit -f.",
 }
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
@@ -47,6 +51,22 @@ _OF_ANOMALIB = {
         "images to test on, with --data.normal_test_dir FOLDER for a Folder."
     ),
 }
+
+
+_OF_TORCH = {
+    "unable to allocate shared memory": (
+        "The processes that load images have too little shared memory. Set --data.num_workers 0, or start the "
+        "container with more, for example docker run --shm-size 2g."
+    ),
+    "Error(s) in loading state_dict for": (
+        "The checkpoint is damaged, or of another kind of model: its weights do not fit. Take another one, or train "
+        "anew."
+    ),
+}
+
+
+class _KeptError(BaseException):
+    """Carries an error through ``except Exception``."""
 
 
 def explain(error: BaseException) -> str | None:
@@ -70,6 +90,9 @@ def explain(error: BaseException) -> str | None:
     for fragment, sentence in _OF_ANOMALIB.items():
         if fragment in str(error) and _was_raised_by("anomalib", error):
             return sentence.format(error=" ".join(str(error).split()))
+    for fragment, sentence in _OF_TORCH.items():
+        if isinstance(error, RuntimeError) and fragment in str(error):
+            return sentence
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         reason = os.strerror(error.errno)
         if error.errno in _FORBIDDEN and _cannot_be_read(error.filename):
@@ -106,3 +129,31 @@ def install_excepthook() -> None:
             print(f"error: {message}", file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def keep_our_errors() -> None:
+    """Let what a model or a data module says of its settings reach the user as it is."""
+    from anomalib.cli.cli import AnomalibCLI
+
+    build = AnomalibCLI.instantiate_classes
+
+    @wraps(build)
+    def built(self: AnomalibCLI) -> None:
+        self.parser.add_instantiator(_instantiate, object)
+        try:
+            build(self)
+        except _KeptError as kept:
+            raise kept.args[0] from None
+
+    AnomalibCLI.instantiate_classes = built
+
+
+def _instantiate(class_type: type, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return class_type(*args, **kwargs)
+    except CflowError as error:
+        raise _KeptError(error) from error
+    except ValueError as error:  # of a part of ours, which is no part of Lightning's command line elsewhere
+        if class_type.__module__.startswith("cflow_plugin."):
+            raise _KeptError(CflowError(str(error))) from error
+        raise

@@ -24,6 +24,7 @@ _AFTER = {
     # rich installs its own hook for uncaught errors in this module; ours has to come later.
     "anomalib.cli.cli": (
         ("cflow_plugin.anomalib_patches.error_hook", "install_excepthook"),
+        ("cflow_plugin.anomalib_patches.error_hook", "keep_our_errors"),
         ("cflow_plugin.anomalib_patches.seed", "honour_seed"),
         ("cflow_plugin.anomalib_patches.screen", "log_each_line_once"),
     ),

@@ -12,7 +12,7 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 
-from cflow_plugin.anomalib_patches.thresholds import set_thresholds
+from cflow_plugin.anomalib_patches.thresholds import set_thresholds, validation_scores
 from cflow_plugin.decisions.conformal import check_enough, images_needed, p_values, threshold_rank
 from cflow_plugin.decisions.region_finding import FindsRegions
 from cflow_plugin.decisions.regions import RegionSettings
@@ -307,7 +307,11 @@ class ConformalPostProcessor(FindsRegions, FullPrecision, PostProcessor):
         """Fit thresholds to validation scores, unless a rate is asked for, or there is no F1 score to maximise."""
         if self.is_conformal:
             return
+        scores = validation_scores(self)
         super().on_validation_epoch_end(trainer, pl_module)
+        if self.enable_thresholding:
+            found = self.image_threshold, self.pixel_threshold
+            set_thresholds(self, *(_below(value, parts, trainer) for value, parts in zip(found, scores, strict=True)))
         seen, self._seen = self._seen.to(self.image_min.device), torch.zeros(2)
         if trainer is not None:
             seen = trainer.strategy.reduce(seen, reduce_op="sum")
@@ -368,6 +372,20 @@ def post_processing(given: PostProcessor | bool, rate: float | None, **regions: 
         msg = f"Give {' and '.join(asked)} or a post_processor, not both: ConformalPostProcessor takes such settings."
         raise CflowError(msg)
     return given
+
+
+def _below(threshold: torch.Tensor, scores: list[torch.Tensor], trainer: Trainer | None) -> torch.Tensor:
+    """The middle between a threshold that is the lowest anomalous score, and the next score below it.
+
+    A score has to lie above the threshold to be called anomalous. On the score itself the defect that it is of would be
+    missed, and decisions would hang on the last digit.
+    """
+    parts = [part[part < threshold] for part in scores]
+    next_one = torch.stack([threshold.new_zeros(()), *(part.max().to(threshold) for part in parts if len(part))]).max()
+    if trainer is not None:
+        next_one = trainer.strategy.reduce(next_one, reduce_op="max")
+    middle = next_one + (threshold - next_one) / 2
+    return torch.where(middle < threshold, middle, next_one)
 
 
 def _fill_in(post_processor: ConformalPostProcessor, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -3,6 +3,7 @@
 __all__ = ["ReferenceImages", "choose_reference"]
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -162,6 +163,13 @@ class ReferenceImages:
         if self._folder is not None:
             given = given_images(self._folder, in_use)
             check_enough(len(given), rate)
+            trained = {os.path.realpath(file) for file in _files(_table(images.dataset))}
+            if both := [file for file in given.image_filenames if os.path.realpath(file) in trained]:
+                msg = (
+                    f"{len(both)} images of {self._folder} are trained on, too, for example {both[0]}: thresholds by "
+                    "them would keep no rate. Take them out of the training images, or leave held_out_images out."
+                )
+                raise CflowError(msg)
             self.loader, self.files = _one_by_one(given), list(map(str, given.image_filenames))
             return images
         if self.chosen is None and data is not None and _good_validation_images(data) >= images_needed(rate):

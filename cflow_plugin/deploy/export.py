@@ -3,6 +3,7 @@
 __all__ = ["FoldedExport"]
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ from cflow_plugin.images.loading import steps_of
 from cflow_plugin.images.pre_processing import CflowPreProcessor
 from cflow_plugin.model.torch_model import CflowModel
 
+logger = logging.getLogger(__name__)
+
 _ONE_FILE = 1_900_000_000  # bytes; an ONNX file ends at 2 GiB
 
 # Where a mixin stands in front of it, anomalib's module is what self is.
@@ -77,6 +80,7 @@ class FoldedExport(_Base):
         """
         self.check_exportable()
         batch = kwargs.pop("batch", 1)
+        self._check_input(input_size, batch)
         graph = InferenceGraph(self, input_size)
         size = sum(value.nbytes for value in graph.state_dict().values())
         defaults = {
@@ -143,7 +147,8 @@ class FoldedExport(_Base):
         batch, camera_bytes = options.get("batch", 1), bool(options.get("camera_bytes", False))
         for name in ("batch", "camera_bytes"):
             arguments.pop(name, None)
-        kind = None if compression_type is None else CompressionType(compression_type)
+        self._check_input(input_size, batch)
+        kind = None if compression_type is None else CompressionType(compression_type.lower())
         if kind is not None:
             check_data(kind, datamodule)  # before the slow conversion
         post_processor, images = self.post_processor, None
@@ -195,6 +200,20 @@ class FoldedExport(_Base):
             raise CflowError(msg)
         if isinstance(self.post_processor, ConformalPostProcessor) and self.post_processor.is_conformal:
             self.post_processor.check_calibrated()
+
+    def _check_input(self, size: tuple[int, int] | None, batch: int | None) -> None:
+        """Refuse what is no size, and warn of images that will show less than those of training."""
+        if (size is not None and min(size) < 1) or (batch is not None and batch < 1):
+            msg = f"input_size and batch must be at least 1, got {size} and {batch}; null leaves them open."
+            raise CflowError(msg)
+        trained = self.model.encoder.image_size or self.hparams["image_size"]
+        if size is not None and any(given < own for given, own in zip(size, trained, strict=True)):
+            logger.warning(
+                "The file takes images of %d×%d pixels, and the model was trained at %d×%d. Images that are reduced "
+                "for it show less than those of training, whose thresholds do not hold for them.",
+                *size,
+                *trained,
+            )
 
     def _bits(self) -> int:
         """Bits of a value in the images."""

@@ -160,7 +160,7 @@ def quantize(model: ov.Model, images: TrainingImages | Sequence[np.ndarray]) -> 
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
     except nncf.errors.InternalError as error:
-        msg = f"NNCF cannot quantize a model with this encoder ({error}) Export it with --compression_type fp16."
+        msg = f"NNCF cannot quantize a model with this encoder ({error}) Export it with --compression_type FP16."
         raise CflowError(msg) from error
     layers = _named(quantized, {"Convolution", "GroupConvolution", "MatMul"})
     products = set(_named(quantized, {"MatMul"}))

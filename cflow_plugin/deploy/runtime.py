@@ -13,8 +13,10 @@ __all__ = [
 ]
 
 import json
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import openvino as ov
 
@@ -27,8 +29,9 @@ BITS = "cflow_plugin_bits"
 """Under this name an exported file has the number of bits of a value in the images that it was trained on."""
 
 
-class ExportedModel(NamedTuple):
-    """A compiled model, and what its images have to be.
+@dataclass(frozen=True)
+class ExportedModel:
+    """A compiled model, and what its images have to be. Several threads may call it at once.
 
     Attributes:
         compiled: Takes images as :func:`read_exported` says.
@@ -39,6 +42,7 @@ class ExportedModel(NamedTuple):
     compiled: ov.CompiledModel
     bits: int
     regions: RegionSettings
+    _requests: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
     def __call__(self, inputs: Any) -> Any:
         """Score images.
@@ -50,7 +54,10 @@ class ExportedModel(NamedTuple):
         Returns:
             OpenVINO's results, by ``"pred_score"``, ``"pred_label"``, ``"anomaly_map"`` and ``"pred_mask"``.
         """
-        return self.compiled(inputs)
+        # A request of each thread's own: OpenVINO's single one would be busy, or give another image's results.
+        if not hasattr(self._requests, "own"):
+            self._requests.own = self.compiled.create_infer_request()
+        return self._requests.own.infer(inputs, share_inputs=True)
 
 
 ENCODER_KEY = "cflow_plugin_encoder"

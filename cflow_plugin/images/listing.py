@@ -56,10 +56,16 @@ def visible(files: Iterable[Path], folder: Path) -> list[Path]:
     hidden: list[Path] = []
     for file in files:
         (hidden if is_hidden(file.relative_to(folder)) else found).append(file)
-    if hidden and os.path.realpath(folder) not in _said:
+    if os.path.realpath(folder) not in _said:
         _said.add(os.path.realpath(folder))
-        what = "1 hidden image is" if len(hidden) == 1 else f"{len(hidden)} hidden images are"
-        logger.warning("%s passed over in %s, for example %s.", what, folder, min(hidden).relative_to(folder))
+        if hidden:
+            what = "1 hidden image is" if len(hidden) == 1 else f"{len(hidden)} hidden images are"
+            logger.warning("%s passed over in %s, for example %s.", what, folder, min(hidden).relative_to(folder))
+        inside = (Path(where, name) for where, names, _ in os.walk(folder) for name in names)
+        if link := next((one for one in inside if one.is_symlink() and not is_hidden(one.relative_to(folder))), None):
+            logger.warning(
+                "%s is a link to a folder, and links to folders are passed over; name that folder itself.", link
+            )
     return found
 
 

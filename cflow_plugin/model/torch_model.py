@@ -75,6 +75,8 @@ class CflowModel(nn.Module):
         encoder_precision: Precision = "float32",
     ) -> None:
         super().__init__()
+        if condition_dims:
+            positional_encoding_2d(condition_dims, 1, 1)  # refuses what is no length, before anything is loaded
         if flow_dimensions is not None and flow_dimensions < 2:
             msg = f"flow_dimensions must be at least 2, or null for all, got {flow_dimensions}."
             raise CflowError(msg)

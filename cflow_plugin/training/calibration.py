@@ -13,6 +13,7 @@ from anomalib.data import InferenceBatch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from cflow_plugin.decisions.conformal import odd_one
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 # The scoring constants are means and quantiles over all positions of this many training images, whose sampling error is
 # far below their effect. A model still in training makes do with fewer, and of large ones with a part of their
 # positions: they serve if the run is cut off there.
+_TERMINATED = 128 + 15  # what shells give for the signal; Lightning gives 0
 _IMAGES = 128
 _INTERIM_IMAGES, _INTERIM_POSITIONS = 4, 4096
 
@@ -135,6 +137,15 @@ class Calibration(Callback):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+        if isinstance(exception, SIGTERMException):
+            exception.code = _TERMINATED
+            if trainer.is_global_zero:
+                logger.warning(
+                    "Ended by the system's signal in epoch %d. Each whole epoch is in last.ckpt: to go on, pass it "
+                    "with --ckpt_path.",
+                    trainer.current_epoch,
+                )
+            return
         started = self.vectors is not None and self.vectors.bank is not None and trainer.global_step > 0
         if not isinstance(exception, KeyboardInterrupt) or not started or self._is_busy:
             return

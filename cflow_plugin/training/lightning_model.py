@@ -35,6 +35,7 @@ from cflow_plugin.training.preparation import prepare
 from cflow_plugin.training.settings import (
     check_not_negative,
     check_positive,
+    check_region,
     false_alarm_rate,
     one_image_at_a_time,
     plan_run,
@@ -170,8 +171,9 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_positive(epochs=epochs, steps_per_epoch=steps_per_epoch, vectors_per_step=vectors_per_step)
-        check_positive(learning_rate=learning_rate)
+        check_positive(learning_rate=learning_rate, clamp=clamp)
         check_not_negative(noise=noise, unseen_share=unseen_share, camera_variation=camera_variation)
+        check_region(smallest_region, image_size)
         rate, may_choose_rate = false_alarm_rate(target_false_alarm_rate, post_processor is True)
         flow_dimensions = flow_dimensions if whiten else None
         network = CflowModel(**{name: value for name, value in locals().items() if name in _OF_NETWORK})
@@ -254,7 +256,7 @@ class CflowPlugin(FoldedExport, OneClassMixin, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         resuming.take_over_settings(self, checkpoint.get("hyper_parameters", {}))
         checkpoints.check_weights(checkpoint["state_dict"], self.model)
-        self.progress.read(checkpoint, self.reference, self.model.encoder)
+        self.progress.read(checkpoint, self.reference, self.model.encoder, resuming.trainer_of(self))
 
 
 publish("anomalib.models", CflowPlugin)

@@ -95,14 +95,26 @@ class Progress:
             "versions": versions(),
         }
 
-    def read(self, checkpoint: Mapping[str, Any], reference: ReferenceImages, encoder: Encoder) -> None:
+    def read(
+        self, checkpoint: Mapping[str, Any], reference: ReferenceImages, encoder: Encoder, trainer: Trainer | None
+    ) -> None:
         """Go on from a checkpoint.
 
         Args:
             checkpoint: What Lightning read.
             reference: Is told which images set the thresholds.
             encoder: The encoder, whose weights it brings.
+            trainer: The trainer, if there is one.
+
+        Raises:
+            CflowError: If a run is to end before the epoch that the checkpoint is of.
         """
+        done, longest = checkpoint.get("epoch", 0), trainer.max_epochs if trainer else None
+        if trainer and trainer.state.fn == TrainerFn.FITTING and longest is not None and 0 <= longest < done:
+            msg = (
+                f"The checkpoint is of epoch {done}, and this run ends with epoch {longest}: set --model.epochs higher."
+            )
+            raise CflowError(msg)
         found = checkpoint.get(_KEY, {})
         warn_of_other_versions(found.get("versions"))
         self.seed, self.planned_steps = found.get("seed"), found.get("planned_steps")
@@ -148,12 +160,12 @@ def take_over_settings(module: AnomalibModule, found: Mapping[str, Any]) -> None
         settings = ", ".join(f"{name}={value}" for name, value in other.items())
         logger.info("The checkpoint was made with %s; this is what is used.", settings)
         module.hparams.update(other)
-    data = getattr(_trainer_of(module), "datamodule", None)
+    data = getattr(trainer_of(module), "datamodule", None)
     if data is not None:  # it resizes images, too, and was set up before the checkpoint brought its pre-processing
         resize_as_model_does(data)
 
 
-def _trainer_of(module: AnomalibModule) -> Trainer | None:
+def trainer_of(module: AnomalibModule) -> Trainer | None:
     try:
         return module.trainer
     except RuntimeError:  # it has none

@@ -3,6 +3,7 @@
 __all__ = [
     "check_not_negative",
     "check_positive",
+    "check_region",
     "false_alarm_rate",
     "one_image_at_a_time",
     "plan_run",
@@ -57,6 +58,21 @@ def check_not_negative(**settings: float) -> None:
         if not value >= 0:
             msg = f"{name} must not be negative, got {value}."
             raise CflowError(msg)
+
+
+def check_region(smallest: int, size: tuple[int, int]) -> None:
+    """Raise if no map has a region that is so large.
+
+    Args:
+        smallest: Pixels of the smallest region.
+        size: Height and width of the map.
+
+    Raises:
+        CflowError: If it has fewer pixels.
+    """
+    if smallest > size[0] * size[1]:
+        msg = f"smallest_region is {smallest} pixels, and the map has {size[0]}×{size[1]}; choose a smaller one."
+        raise CflowError(msg)
 
 
 def false_alarm_rate(asked: float | str | None, may_be_kept: bool) -> tuple[float | None, bool]:

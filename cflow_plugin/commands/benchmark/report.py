@@ -119,7 +119,7 @@ def _commands(row: dict) -> list[str]:
         return [f"{train} --data …"]
     kind = "onnx" if row["runtime"] == "onnxruntime" else "openvino"
     export = f"anomalib export --model CflowPlugin --export_type {kind} --input_size {size}"
-    export += " --compression_type int8_ptq" if row["precision"].startswith("int8") else ""
+    export += " --compression_type INT8_PTQ" if row["precision"].startswith("int8") else ""
     use = "cflow-plugin watch --model model.xml --source …"
     use += " --precision bf16" if _in_bf16(row) else ""
     return [f"{train} --data …", f"{export} --ckpt_path …", *([use] if kind == "openvino" else [])]

@@ -5,6 +5,7 @@ __all__ = ["Row", "ScoreTable"]
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,15 @@ class Row(NamedTuple):
     height: int | None = None
     regions: str | None = None
     anomaly_map: bytes | None = None
+
+
+def _is_newer(path: str, written: int) -> bool:
+    """Whether a file was changed or put in its place after a moment, in nanoseconds; no, if it is there no longer."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  of very many files
+    except OSError:
+        return False
+    return max(found.st_mtime_ns, found.st_ctime_ns) > written
 
 
 class ScoreTable:
@@ -131,18 +141,30 @@ class ScoreTable:
             raise CflowError(message)
 
     def done(self) -> set[str]:
-        """Paths of all images that have a row in a part. A damaged part is removed, so that its images come again."""
+        """Paths of all images that need no score any more.
+
+        A damaged part is removed, and rows that hold an error or are older than their images, so that these come again.
+        """
         paths: set[str] = set()
         for file in self.folder.glob("part-*.parquet"):
             try:
-                paths.update(pq.read_table(file, columns=["path"]).column("path").to_pylist())
+                table, written = pq.read_table(file, columns=["path", "error"]), file.stat().st_mtime_ns
             except (OSError, pa.ArrowException):
                 logger.warning("%s is damaged; its images are scored again.", file)
                 file.unlink(missing_ok=True)
+                continue
+            scored, errors = (table.column(name).to_pylist() for name in ("path", "error"))
+            holds = [not error and not _is_newer(path, written) for path, error in zip(scored, errors, strict=True)]
+            if not any(holds):
+                file.unlink()
+            elif not all(holds):
+                kept = pq.read_table(file).filter(pa.array(holds))
+                self._replace(file, lambda partial, kept=kept: pq.write_table(kept, partial))
+            paths.update(path for path, still in zip(scored, holds, strict=True) if still)
         return paths
 
     def missing(self, paths: list[str], size: int) -> list[list[str]]:
-        """Batches of those images that have no row yet.
+        """Batches of those images that have no score yet, or another one by now.
 
         Batches are cut from the list of all images, not from that of the missing ones. So a run that goes on asks for
         the same batches as the one before it, and a late worker of that one writes the same parts.

@@ -40,7 +40,7 @@ def score(
     a false-alarm rate), error, width, height and regions (as JSON), to be read as one table (for example with
     pandas.read_parquet). _regions.csv and _regions.coco.json beside them list all regions. An image that cannot be
     read has a row whose error says why, and no score. The command can be interrupted or killed: started again, it
-    scores only images that have no row yet.
+    scores only images that have no score yet, and those that were changed since.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.

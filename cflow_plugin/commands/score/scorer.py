@@ -63,7 +63,7 @@ class Scorer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         model = compile_exported(settings.model, settings.device, settings.precision, "THROUGHPUT", settings.threads)
-        compiled, self._bits, self._regions = model
+        compiled, self._bits, self._regions = model.compiled, model.bits, model.regions
         self._reference = read_reference_scores(settings.model)
         self._queue = ov.AsyncInferQueue(compiled)
         self._queue.set_callback(self._keep)

@@ -67,8 +67,8 @@ def watch(
     ground truth ``metrics.json`` holds the frame-level AUROC. Ctrl-C, or q in the window, ends it.
 
     With ``--follow true`` it goes on for as long as it is let: it waits for images that arrive in a folder (or fit a
-    pattern), and for a camera that is lost. Started again it goes on where it ended, also after it was killed. Regions are
-    in its journal then, in what --webhook and --mqtt send, and on the page.
+    pattern), and for a camera that is lost. Started again it goes on where it ended, also after it was killed. Regions
+    are in its journal then, in what --webhook and --mqtt send, and on the page.
 
     Args:
         model: The .xml (or .onnx) file that ``anomalib export`` wrote.
