@@ -15,7 +15,7 @@ import torch
 
 from cflow_plugin import CflowError, CflowPlugin
 from cflow_plugin.files import atomic_file, atomic_folder
-from cflow_plugin.training.checkpoints import CheckpointFiles
+from cflow_plugin.training.checkpoints import CheckpointFiles, translate_errors
 
 from .conftest import QUICK, make_engine, run_command, run_in_small_space, sentence_of
 from .test_training import StopAfter
@@ -299,3 +299,17 @@ def test_a_folder_that_cannot_be_written_to(textures, tmp_path):
     sentence = sentence_of(result)
     assert "Read-only file system" in sentence
     assert "--default_root_dir" in sentence
+
+
+def test_the_run_before_one_that_failed_is_named(tmp_path):
+    for number in range(3):
+        (tmp_path / f"bottle/v{number}/weights").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / f"bottle/v{number}/weights/model.ckpt").touch()
+        os.utime(tmp_path / f"bottle/v{number}/weights/model.ckpt", (number, number))
+    (tmp_path / "bottle/latest").symlink_to("v2")
+    with (
+        pytest.raises(CflowError, match=r"an earlier one has .*bottle/v1/weights/model\.ckpt"),
+        translate_errors(tmp_path / "bottle/latest/weights/model.ckpt"),
+    ):
+        pass

@@ -8,14 +8,17 @@ import sysconfig
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data.datasets.image.mvtecad import CATEGORIES
 
 from cflow_plugin.commands.cli import main
+from cflow_plugin.data.textures import draw
 from cflow_plugin.model.backbones import BACKBONES
 
+from .brightness import save_brightness_model
 from .conftest import ROOT, run_command
 
 # Folders named as the subcommand of `cflow-plugin` that their configs are for; all others are for anomalib's.
@@ -256,6 +259,26 @@ def test_errors_of_settings_are_one_sentence(tmp_path):
         assert out.strip().splitlines()[-1].startswith("error: ")
         assert words in out
         assert len(out) < 1000
+
+
+@pytest.mark.long
+def test_an_interrupt_is_one_sentence(tmp_path):
+    for number in range(400):
+        picture = draw("weave", "good", "test", number % 8, size=256).image
+        cv2.imwrite(str(tmp_path / f"{number}.png"), picture)
+    model = save_brightness_model(tmp_path / "model.xml")
+    command = [Path(sys.executable).parent / "cflow-plugin", "score", "--model", model, "--source", tmp_path]
+    command += ["--batch", "4", "--threads", "1", "--output", tmp_path / "out"]
+    for wanted in (1, 3):
+        with (tmp_path / "log").open("w") as log:
+            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        while len(list(tmp_path.glob("out/*.parquet"))) < wanted and run.poll() is None:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 128 + signal.SIGINT
+        said = (tmp_path / "log").read_text()
+        assert "Traceback" not in said
+        assert "Interrupted; what was written before is kept." in said
 
 
 @pytest.mark.long

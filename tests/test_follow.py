@@ -311,6 +311,14 @@ def test_a_camera_faster_than_the_model(tmp_path, monkeypatch):
     assert len({frame.name for frame in shown}) == 10
 
 
+@pytest.mark.parametrize(("begin", "warned"), [(0.04, True), (0.05, False)])
+def test_what_leaves_nothing_anomalous_is_said(tmp_path, folder, caplog, begin, warned):
+    file = save_brightness_model(tmp_path / "model.xml")  # of 21 reference images
+    (folder / "0.png").write_bytes(picture(100))
+    watch(file, str(folder), tmp_path / "out", follow=True, limit=1, unsure=(begin, 0.1))
+    assert ("Nothing will be called anomalous" in caplog.text) == warned
+
+
 def test_old_frames_are_forgotten_once_those_have_them_who_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr("cflow_plugin.commands.watch.journal._KEPT", 10)
     journal = Journal(tmp_path / "journal.sqlite")

@@ -41,6 +41,7 @@ from cflow_plugin.deploy.openvino_input import take_bytes, take_other_sizes
 from cflow_plugin.deploy.resizing import ExactResize
 from cflow_plugin.deploy.runtime import compile_exported
 
+from .brightness import save_brightness_model
 from .conftest import once, run_command
 from .test_export import F32, assert_agrees, check_in_onnxruntime, images_of, random_model, run_openvino
 
@@ -52,10 +53,9 @@ NODE_RUNTIMES = ["onnxruntime-node", "onnxruntime-web"]
 EIGHT_BITS = 40  # of the fifty; the others have 12 in 16
 
 
-def test_threads_get_the_results_of_their_own_images(export):
-    scorer = compile_exported(export((64, 64)), "CPU", "f32")
-    kinds = ["good", "hole"] * 3
-    images = [draw("weave", kind, "test", number, size=64).image[None] for number, kind in enumerate(kinds)]
+def test_threads_get_the_results_of_their_own_images(tmp_path):
+    scorer = compile_exported(save_brightness_model(tmp_path / "model.xml"), "CPU", "f32")
+    images = [np.full((1, 300, 300, 3), value, np.uint8) for value in range(0, 240, 40)]
     expected = [float(scorer([image])["pred_score"].item()) for image in images]
     assert len(set(expected)) == 6
     calls = [number % 6 for number in range(1200)]

@@ -209,7 +209,7 @@ def test_what_was_mended_or_changed_is_scored_again(exported, pictures, tmp_path
 
 def test_a_batch_that_comes_twice_is_one_part(tmp_path):
     parts = ScoreTable(tmp_path, maps=False)
-    rows = [Row("a", 0.25, True), Row("b", error="could not be read")]
+    rows = [Row("a", 0.25, True), Row("b", 0.75, False)]
     for _ in range(2):
         parts.write(["a", "b"], rows)
     assert pd.read_parquet(tmp_path)["path"].tolist() == ["a", "b"]

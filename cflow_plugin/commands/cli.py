@@ -33,6 +33,8 @@ _COMMANDS = {
     "watch": "cflow_plugin.commands.watch.watch",
 }
 
+_INTERRUPTED = 128 + 2
+
 # Options whose value may stand right behind the command.
 _FIRST = {"check": "--model", "import-checkpoint": "--checkpoint"}
 
@@ -55,6 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
         auto_cli(functions, args=arguments, as_positional=False, prog="cflow-plugin")
     except ModuleNotFoundError as error:
         raise CflowError(_missing(error)) from error
+    except KeyboardInterrupt:
+        print("Interrupted; what was written before is kept.", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(_INTERRUPTED)  # Python's own end would wait for threads, or abort one that is in a callback
     except BrokenPipeError:  # of a pipe to `head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

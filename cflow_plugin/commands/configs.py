@@ -3,7 +3,9 @@
 __all__ = ["configs", "find_config"]
 
 import difflib
+import re
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 from cflow_plugin.errors import CflowError
@@ -68,9 +70,10 @@ def _folder() -> Path:
 
 
 def _first_comment(file: Path) -> str:
-    """What a config says of itself in its first line."""
-    with file.open(encoding="utf-8") as opened:
-        return opened.readline().lstrip("#").strip()
+    """What a config says of itself in the first sentence of its comment."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("#").strip() for line in lines)
+    return re.split(r"(?<=\.) |: (?=anomalib|cflow-plugin)", text)[0].rstrip(".") + "."
 
 
 def _copy(files: list[Path], folder: Path, target: Path) -> None:

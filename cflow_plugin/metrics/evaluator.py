@@ -107,6 +107,7 @@ class CflowEvaluator(Evaluator):
         # What one process has met another may not have, but all have to log the same.
         known = trainer.strategy.reduce(torch.tensor(facts, device=pl_module.device).int(), reduce_op="max").tolist()
         classes = dict(zip(self._seen, known, strict=False))
+        left_out: dict[str, list[str]] = {}
         for metric, (updated, has_examples) in zip(metrics, known[len(classes) :], strict=True):
             truth = metric.fields[1]
             has_normal, has_anomaly = classes[truth]
@@ -124,8 +125,10 @@ class CflowEvaluator(Evaluator):
                     pl_module.log(metric.name, metric)
                 continue
             if "px" not in metric.name:  # of sizes nothing is said that is not of all
-                logger.warning("%s is left out: %s.", metric.name, reason)
+                left_out.setdefault(reason, []).append(metric.name)
             metric.reset()
+        for reason, names in left_out.items():
+            logger.warning("Left out, since %s: %s.", reason, ", ".join(names))
 
 
 def write_metrics(trainer: Trainer) -> None:

@@ -188,6 +188,16 @@ def use_checkpoint_files(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = CheckpointFiles(used.extra_safe_globals)
 
 
+def _of_earlier_run(path: Path) -> Path | None:
+    """The same file of the newest run that has it, where a path goes through anomalib's link to the latest run."""
+    if "latest" not in path.parts:
+        return None
+    place = path.parts.index("latest")
+    runs, file = Path(*path.parts[:place]), Path(*path.parts[place + 1 :])
+    found = [run / file for run in runs.glob("v*") if (run / file).is_file()]
+    return max(found, key=lambda one: one.stat().st_mtime, default=None)
+
+
 @contextmanager
 def translate_errors(path: str | Path) -> Iterator[None]:
     """Turn what goes wrong when a checkpoint is read into a sentence.
@@ -197,6 +207,8 @@ def translate_errors(path: str | Path) -> Iterator[None]:
     """
     if "://" not in str(path) and not Path(path).is_file():
         message = f"There is no checkpoint at {path}; training writes one to weights/lightning/model.ckpt."
+        if earlier := _of_earlier_run(Path(path)):
+            message += f" The newest run has ended without; an earlier one has {earlier}."
         raise CflowError(message)
     try:
         yield

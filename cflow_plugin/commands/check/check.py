@@ -209,8 +209,8 @@ def _show(findings: list[Finding], rows: list[Row], alarms: Alarms, console: Con
     table = Table(box=box.SIMPLE_HEAD)
     for title in ("", "checked"):
         table.add_column(title, no_wrap=True)
-    for title in ("score", "map", "decisions", _alarms_title(alarms), "ms"):
-        table.add_column(title, justify="right")
+    for title in ("score", "map", "labels", "alarms", "ms"):
+        table.add_column(title, justify="right", no_wrap=True)
     wide = console.width >= _WIDE
     if wide:
         table.add_column("found")
@@ -222,15 +222,11 @@ def _show(findings: list[Finding], rows: list[Row], alarms: Alarms, console: Con
         figures += [_figure(row.alarms, "d"), _figure(row.milliseconds, ".1f")]
         table.add_row(_MARKS[row.agrees], row.name, *figures, *[row.detail] * wide)
     console.print(table)
+    if alarms.images:
+        likely = "" if alarms.low is None else f", {alarms.low} to {alarms.high} are likely"
+        console.print(f"Alarms are of {len(alarms.images)} good images{likely}.", soft_wrap=True, highlight=False)
     for part in [] if wide else [*findings, *rows]:
         console.print(f"{part[0]}: {part.detail}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _alarms_title(alarms: Alarms) -> str:
-    if not alarms.images:
-        return "alarms"
-    likely = "" if alarms.low is None else f", {alarms.low} to {alarms.high} likely"
-    return f"alarms of {len(alarms.images)}{likely}"
 
 
 def _figure(value: float | None, form: str) -> str:

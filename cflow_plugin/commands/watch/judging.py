@@ -4,6 +4,7 @@ __all__ = ["HALF", "Following", "Judge"]
 
 import hashlib
 import json
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from cflow_plugin.decisions.regions import Region, find_regions
 from cflow_plugin.deploy.runtime import compile_exported
 from cflow_plugin.errors import CflowError
 from cflow_plugin.images.reading import ImageFileError
+
+logger = logging.getLogger(__name__)
 
 HALF = 0.5
 """Where anomalib's normalisation of scores puts the threshold."""
@@ -81,6 +84,16 @@ class Judge:
                 "--model.target_false_alarm_rate."
             )
             raise CflowError(message)
+        least = 1 / (len(self.reference) + 1)
+        if settings.unsure[0] <= least <= settings.unsure[1]:
+            logger.warning(
+                "Nothing will be called anomalous: with %d reference images no p-value is below %.3f, and from %g on "
+                "--unsure calls images unsure. Begin it above %.3f.",
+                len(self.reference),
+                least,
+                settings.unsure[0],
+                least,
+            )
 
     def __call__(self, arrival: Arrival, number: int) -> tuple[Result, Any, list[Region]]:
         """Score an image, and put what the model gave into words.

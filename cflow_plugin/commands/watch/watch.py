@@ -89,7 +89,8 @@ def watch(
         follow: Go on for ever. Overlays are then written of images that are not good, the time in scores.csv is in
             seconds since 1970, and frames of a camera that is faster than the model are dropped and counted.
         sort: With follow: copy each image into sorted/good, anomalous, unsure or unreadable.
-        unsure: With follow: p-values between these two, as [0.01,0.1], are called unsure.
+        unsure: With follow: p-values between these two, as [0.05,0.1], are called unsure. The lower one has to lie
+            above 1 / (number of reference images + 1), which is the least p-value, or nothing is anomalous.
         webhook: With follow: post each result as JSON to this address, signed with the secret in the environment's
             CFLOW_PLUGIN_WEBHOOK_SECRET, again and again until the server takes it.
         mqtt: With follow: publish each result under this topic, mqtt://user@host:port/topic or mqtts://…; the password
