@@ -356,6 +356,11 @@ def test_what_maximises_f1_is_what_is_decided(anomalous):
     found = post_processor(InferenceBatch(pred_score=scores, anomaly_map=maps[:, None]))
     best = max(f1_score(labels, scores >= score) for score in scores)
     assert f1_score(labels, found.pred_label) == f1_score(labels, found.pred_mask.flatten()) == best
+    without_masks = ConformalPostProcessor()
+    del batch["gt_mask"]
+    without_masks.on_validation_batch_end(None, None, ImageBatch(pred_score=scores, anomaly_map=maps, **batch))
+    without_masks.on_validation_epoch_end(None, None)
+    assert without_masks.pixel_threshold == without_masks.image_threshold == post_processor.image_threshold
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.9])

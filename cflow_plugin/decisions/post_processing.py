@@ -307,11 +307,12 @@ class ConformalPostProcessor(FindsRegions, FullPrecision, PostProcessor):
         """Fit thresholds to validation scores, unless a rate is asked for, or there is no F1 score to maximise."""
         if self.is_conformal:
             return
-        scores = validation_scores(self)
+        images, pixels = validation_scores(self)
         super().on_validation_epoch_end(trainer, pl_module)
         if self.enable_thresholding:
-            found = self.image_threshold, self.pixel_threshold
-            set_thresholds(self, *(_below(value, parts, trainer) for value, parts in zip(found, scores, strict=True)))
+            image = _below(self.image_threshold, images, trainer) if images else self.image_threshold
+            # Without masks none is fitted, and the threshold of images serves for pixels.
+            set_thresholds(self, image, _below(self.pixel_threshold, pixels, trainer) if pixels else float("nan"))
         seen, self._seen = self._seen.to(self.image_min.device), torch.zeros(2)
         if trainer is not None:
             seen = trainer.strategy.reduce(seen, reduce_op="sum")
