@@ -1,15 +1,14 @@
 """What several processes (Lightning's DDP) have to agree on: who speaks, and who trains on and scores which images."""
 
-__all__ = ["EvenShare", "ScoreEveryImageOnce", "join_processes", "share_of_batch"]
+__all__ = ["ScoreEveryImageOnce", "join_processes", "share_of_batch"]
 
 import logging
-from collections.abc import Iterator, Sized
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 from lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader
 
 from cflow_plugin.anomalib_patches.results_folder import share_results_folder
 from cflow_plugin.images.loading import data_module_of, images_in, loader_of
@@ -26,34 +25,6 @@ def join_processes(trainer: Trainer) -> None:
     share_results_folder(trainer)
     if not trainer.is_global_zero:
         logging.getLogger("cflow_plugin").setLevel(logging.ERROR)
-
-
-class EvenShare(DistributedSampler):
-    """One process's share of a data set, in order, without repeating any item.
-
-    Lightning's own choice fills up the last shares with items that others have as well.
-
-    Args:
-        data: The data set.
-        rank: Number of the process.
-        processes: How many there are.
-
-    Example:
-        >>> [list(EvenShare(range(5), rank, 2)) for rank in range(2)]
-        [[0, 2, 4], [1, 3]]
-    """
-
-    def __init__(self, data: Dataset[Any] | Sized, rank: int, processes: int) -> None:
-        super().__init__(cast("Dataset", data), processes, rank, shuffle=False)
-        self._share = range(rank, len(cast("Sized", data)), processes)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the share's indices."""
-        return iter(self._share)
-
-    def __len__(self) -> int:
-        """Number of items in the share."""
-        return len(self._share)
 
 
 class ScoreEveryImageOnce(LoaderReplacement):
@@ -76,7 +47,8 @@ def _share_of(loader: Any, rank: int, processes: int) -> Any:
     if not isinstance(loader, DataLoader) or images_in(loader) < processes:
         return loader
     batch_size = equal_batches(images_in(loader), processes, loader.batch_size or 1)
-    return loader_of(loader.dataset, loader, EvenShare(loader.dataset, rank, processes), batch_size)
+    share = UnrepeatedDistributedSampler(loader.dataset, processes, rank, shuffle=False)
+    return loader_of(loader.dataset, loader, share, batch_size)
 
 
 def equal_batches(images: int, processes: int, batch_size: int) -> int:

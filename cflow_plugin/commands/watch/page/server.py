@@ -174,23 +174,7 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
 
     async def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return JSONResponse({"error": error.detail}, error.status_code, {**_HEADERS, **(error.headers or {})})
-
-    class Headers:
-        """Adds the headers that keep foreign content away."""
-
-        def __init__(self, app: Any) -> None:
-            self.app = app
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async def with_headers(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    found = {name.lower() for name, _ in message["headers"]}
-                    more = ((name.lower().encode(), value.encode()) for name, value in _HEADERS.items())
-                    message["headers"] = [*message["headers"], *(pair for pair in more if pair[0] not in found)]
-                await send(message)
-
-            await self.app(scope, receive, with_headers)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     acts = (mark, judge, lay_aside, measure, use, recalibrate)
     routes = [
@@ -203,7 +187,7 @@ def make_app(live: Live, token: str | None, hosts: list[str]) -> Any:
         Route("/drawn/{name}", drawn),
         *[Route(f"/api/{act.__name__}", act, methods=["POST"]) for act in acts],
     ]
-    middleware = [Middleware(Headers), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: failed})
 
 
@@ -238,6 +222,7 @@ def start_page(live: Live, host: str, port: int) -> None:
         access_log=False,
         limit_concurrency=_CONNECTIONS,
         server_header=False,
+        headers=list(_HEADERS.items()),
     )
     server = uvicorn.Server(settings)
     threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="page", daemon=True).start()
