@@ -269,7 +269,8 @@ def test_an_interrupt_is_one_sentence(tmp_path):
     model = save_brightness_model(tmp_path / "model.xml")
     command = [Path(sys.executable).parent / "cflow-plugin", "score", "--model", model, "--source", tmp_path]
     command += ["--batch", "4", "--threads", "1", "--output", tmp_path / "out"]
-    for wanted in (1, 3):
+    for _ in range(2):
+        wanted = len(list(tmp_path.glob("out/*.parquet"))) + 2  # then it is at work
         with (tmp_path / "log").open("w") as log:
             run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while len(list(tmp_path.glob("out/*.parquet"))) < wanted and run.poll() is None:
