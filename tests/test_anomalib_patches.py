@@ -303,3 +303,13 @@ def test_traced_checks():
     encoder = Encoder(name, [layer])
     assert not any(is_shape_check(node) for node in encoder.network.graph.nodes)
     assert not any("blocks.2" in weight or "blocks.4" in weight for weight in encoder.state_dict())
+
+
+def test_errors_of_torch_and_of_large_files_are_explained(tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        torch.nn.Linear(2, 3).load_state_dict(torch.nn.Linear(3, 3).state_dict())
+    assert "weights do not fit" in explain(caught.value)
+    said = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"  # torch's words
+    assert "--data.num_workers 0" in explain(RuntimeError(said))
+    assert "ulimit -f" in explain(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+    assert explain(RuntimeError("something else")) is None

@@ -368,3 +368,14 @@ def test_bicubic_resizing_is_exported(tmp_path):
 
 def run_openvino_map(path, images):
     return torch.as_tensor(ov.Core().compile_model(path, "CPU", F32)(images.numpy())["anomaly_map"])
+
+
+def test_sizes_that_are_none_and_that_show_less_than_training(trained, tmp_path, caplog):
+    for settings in ({"input_size": (0, 64)}, {"input_size": (64, 64), "ov_kwargs": {"batch": 0}}):
+        with pytest.raises(CflowError, match="must be at least 1"):
+            trained.to_openvino(tmp_path, **settings)
+    assert not list(tmp_path.rglob("*.xml"))
+    trained._check_input((80, 64), 1)
+    assert "show less" not in caplog.text
+    trained._check_input((20, 64), 1)
+    assert "takes images of 20×64 pixels" in caplog.text
